@@ -1,0 +1,392 @@
+"""The predator-prey data: the simulator that made the shipped file, the strict loader, the split and its statistics."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+from scipy.integrate import solve_ivp
+from scipy.stats import norm
+from sklearn.model_selection import train_test_split
+
+from m2helpers.files import UserError, atomic_path
+
+DATA_FILE = Path(__file__).parent.parent / "data" / "lotka_volterra_data.h5"
+VARIABLES = ("prey", "predator")
+PARAMETERS = ("r", "K", "a", "h", "e", "d", "x0", "y0")
+SPLIT_SEED = 42
+STATISTICS = ("mean", "sd", "1 %", "25 %", "50 %", "75 %", "99 %", "max")
+COURSE_STATISTICS = pd.DataFrame(
+    [[1.698, 1.436, 0.072, 0.728, 1.314, 2.220, 7.115, 13.74], [0.570, 0.379, 0.017, 0.277, 0.524, 0.804, 1.699, 4.77]],
+    index=VARIABLES,
+    columns=STATISTICS,
+)  # the course's own file, which is not shipped here
+COURSE_P997, COURSE_P997_TRAIN, COURSE_FADING = 7.93, 8.214, 0.02
+FADING_BELOW = 0.02  # a predator that ends below this is counted as dying out
+
+_MINIMUM_TRAJECTORIES = 10  # with fewer, an 80 / 10 / 10 split leaves a part empty
+_TOLERANCE = 1e-9  # of the integrator, relative and absolute, on the logarithms of the populations
+
+
+# ---------------------------------------------------------------- simulator
+
+
+@dataclass(frozen=True)
+class SimulatorSettings:
+    """Everything that decides a simulated dataset; the defaults are those of the shipped file.
+
+    Each pair is the range (low, high) of a uniform draw, one draw per system. The draws are independent
+    except for the three pairs at the end, which are tied by a Gaussian copula with the given correlation.
+    """
+
+    systems: int = 1000  # number of trajectories
+    steps: int = 100  # observations per trajectory, evenly spaced from 0 to t_max
+    t_max: float = 200.0  # time of the last observation
+    seed: int = 42  # of the parameter draw
+    classic: bool = False  # classic Lotka-Volterra: K -> infinity and h -> 0, so that orbits never damp
+    r: tuple[float, float] = (0.11, 0.30)  # growth rate of the prey, per unit of time
+    K: tuple[float, float] = (5.0, 16.0)  # carrying capacity of the prey
+    a: tuple[float, float] = (0.21, 0.49)  # attack rate of the predator
+    h: tuple[float, float] = (0.0, 0.18)  # saturation of the predator (Holling II: attack rate x handling time)
+    e: tuple[float, float] = (0.30, 0.70)  # predators gained per prey eaten
+    d: tuple[float, float] = (0.10, 0.30)  # death rate of the predator, per unit of time
+    x0: tuple[float, float] = (0.8, 1.2)  # prey at time 0
+    y0: tuple[float, float] = (0.8, 1.2)  # predators at time 0
+    correlation_r_a: float = -0.6  # slow breeders are attacked more
+    correlation_e_d: float = -0.4  # efficient predators live longer
+    correlation_a_h: float = -0.3  # eager attackers saturate less
+
+    def __post_init__(self) -> None:
+        if self.systems < 1 or self.steps < 2 or not 0 < self.t_max < np.inf:
+            raise UserError(
+                f"simulator settings: systems {self.systems}, steps {self.steps}, t_max {self.t_max}; "
+                "need at least 1 system, 2 steps and a positive finite t_max"
+            )
+
+
+def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
+    """Draw the parameters of every system, one row a system, columns `PARAMETERS`.
+
+    Correlated standard normals are turned into uniforms by the normal distribution function (a Gaussian copula)
+    and stretched to the ranges. The first rows do not depend on how many systems are asked for.
+    """
+    correlation = pd.DataFrame(np.eye(len(PARAMETERS)), index=PARAMETERS, columns=PARAMETERS)
+    for first, second in (("r", "a"), ("e", "d"), ("a", "h")):
+        value = getattr(settings, f"correlation_{first}_{second}")
+        correlation.loc[first, second] = correlation.loc[second, first] = value
+    normals = np.random.default_rng(settings.seed).standard_normal((settings.systems, len(PARAMETERS)))
+    uniforms = norm.cdf(normals @ np.linalg.cholesky(correlation.to_numpy()).T)
+    low, high = np.array([getattr(settings, name) for name in PARAMETERS]).T
+    parameters = pd.DataFrame(low + (high - low) * uniforms, columns=PARAMETERS)
+    if settings.classic:
+        parameters["K"], parameters["h"] = np.inf, 0.0
+    return parameters
+
+
+def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+    """Simulate predator-prey systems with logistic prey growth and a saturating (Holling II) response.
+
+    ``x' = r x (1 - x/K) - a x y / (1 + h x)``,  ``y' = e a x y / (1 + h x) - d y``
+
+    All systems are integrated together, as one stacked equation for the logarithms of the populations (so that
+    none can become negative), by the eighth-order Runge-Kutta method of Dormand and Prince.
+
+    Returns
+    -------
+    time : float64 array (steps,)
+    trajectories : float32 array (systems, steps, 2)
+        Prey first, then predator.
+    parameters : DataFrame (systems, 8)
+        Columns `PARAMETERS`.
+    """
+    parameters = draw_parameters(settings)
+    r, K, a, h, e, d, x0, y0 = parameters.to_numpy().T
+
+    def growth_rates(_time: float, state: np.ndarray) -> np.ndarray:
+        prey, predator = np.exp(state.reshape(2, -1))
+        attack = a / (1 + h * prey)
+        return np.concatenate([r * (1 - prey / K) - attack * predator, e * attack * prey - d])
+
+    time = np.linspace(0.0, settings.t_max, settings.steps)
+    start = np.log(np.concatenate([x0, y0]))
+    span = (0.0, settings.t_max)
+    solution = solve_ivp(growth_rates, span, start, "DOP853", time, rtol=_TOLERANCE, atol=_TOLERANCE)
+    if not solution.success:
+        raise UserError(f"simulation failed ({solution.message}); use parameter ranges nearer to the defaults")
+    logarithms = solution.y.reshape(2, settings.systems, settings.steps)  # (variables, systems, steps)
+    return time, np.exp(logarithms).transpose(1, 2, 0).astype(np.float32), parameters
+
+
+def write_dataset(
+    path: str | os.PathLike, time: np.ndarray, trajectories: np.ndarray, settings: SimulatorSettings
+) -> None:
+    """Write `/time` and `/trajectories` as HDF5, all of it or nothing, with the settings as the file's attributes.
+
+    The same input gives the same bytes: no time of writing is stored.
+    """
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("trajectories", data=np.asarray(trajectories, np.float32), track_times=False)
+        file.create_dataset("time", data=np.asarray(time, np.float64), track_times=False)
+        for name, value in asdict(settings).items():
+            file.attrs[name] = value
+
+
+# ---------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A checked dataset. `sha256` is over the values, so saving them again in another file does not change it."""
+
+    path: Path
+    time: np.ndarray  # float64 (steps,)
+    trajectories: np.ndarray  # float32 (systems, steps, 2), prey first
+    sha256: str
+
+    def part(self, name: str) -> np.ndarray:
+        """Trajectories of the "train", "validation" or "test" part, float32 (systems in it, steps, 2)."""
+        parts = split(len(self.trajectories))
+        if name not in parts:
+            raise UserError(f"split {name!r}: no such part; use one of {', '.join(parts)}")
+        return self.trajectories[parts[name]]
+
+
+def split(n: int, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
+    """Indices of an 80 / 10 / 10 % split of `n` trajectories, as "train", "validation" and "test".
+
+    `sklearn.model_selection.train_test_split` is called twice, first with `test_size=0.2`, then 0.5 of the rest,
+    so that results compare with the published ones.
+    """
+    train, rest = train_test_split(np.arange(n), test_size=0.2, random_state=seed)
+    validation, test = train_test_split(rest, test_size=0.5, random_state=seed)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def load_dataset(path: str | os.PathLike = DATA_FILE) -> Dataset:
+    """Read and check a dataset; the file is opened read-only.
+
+    Parameters
+    ----------
+    path : path-like
+        HDF5 with `/trajectories` (systems, steps, 2), prey first, and `/time` (steps,), evenly spaced.
+
+    Raises
+    ------
+    UserError
+        If the file or a dataset in it is missing or unreadable, has the wrong shape, fewer than 10 trajectories,
+        a value that is NaN, infinite or negative, or an uneven time axis.
+    """
+    path = Path(path)
+    with _open_hdf5(path) as file:
+        trajectories = _read(file, path, "trajectories", rank=3, layout="(systems, steps, 2)")
+        time = _read(file, path, "time", rank=1, layout="(steps,)")
+    if trajectories.shape[2] != len(VARIABLES):
+        raise UserError(
+            f"{path}: the last axis of /trajectories has length {trajectories.shape[2]}; "
+            "it must be 2, prey first, then predator"
+        )
+    if len(trajectories) < _MINIMUM_TRAJECTORIES:
+        raise UserError(
+            f"{path}: {len(trajectories)} trajectories; an 80 / 10 / 10 split needs at least "
+            f"{_MINIMUM_TRAJECTORIES}, add more"
+        )
+    if trajectories.shape[1] != len(time):
+        raise UserError(
+            f"{path}: /trajectories has {trajectories.shape[1]} steps but /time has {len(time)}; make them agree"
+        )
+    _refuse_uneven_time(path, time)
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite and is refused next
+        trajectories = np.ascontiguousarray(trajectories, np.float32)
+    _refuse_first(path, trajectories, ~np.isfinite(trajectories), "populations must be finite, mend or drop it")
+    _refuse_first(path, trajectories, trajectories < 0, "populations cannot be negative, mend or drop it")
+    time = np.ascontiguousarray(time, np.float64)
+    return Dataset(path, time, trajectories, _content_hash(time, trajectories))
+
+
+def read_series(path: str | os.PathLike) -> np.ndarray:
+    """Read the user's own series, of any number of variables, for forecasting.
+
+    Parameters
+    ----------
+    path : path-like
+        CSV: one row a step, one column a variable, header optional; a first column headed `time`, `t` or nothing
+        (a saved row index) is dropped. HDF5: `/trajectories` (series, steps, variables).
+
+    Returns
+    -------
+    float64 array (series, steps, variables)
+        A CSV file holds one series. Negative values are allowed.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, holds no number, a cell that is not a finite number, or an uneven time.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".h5", ".hdf5") or (path.is_file() and h5py.is_hdf5(path)):
+        with _open_hdf5(path) as file:
+            series = _read(file, path, "trajectories", rank=3, layout="(series, steps, variables)")
+            if "time" in file:
+                _refuse_uneven_time(path, _read(file, path, "time", rank=1, layout="(steps,)"))
+        series = series.astype(np.float64)
+    else:
+        series = _read_csv(path)[np.newaxis]  # (1, steps, variables)
+    if 0 in series.shape:
+        raise UserError(f"{path}: no value in it (series, steps, variables = {series.shape}); give at least one step")
+    _refuse_first(path, series, ~np.isfinite(series), "every value must be a finite number, fill or drop it")
+    return series
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the name") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}); give comma-separated text or HDF5") from None
+    has_header = bool(rows) and all(_number(cell) is None for cell in rows[0])
+    header = [name.strip().lower() for name in rows.pop(0)] if has_header else []
+    width = len(header or rows[0]) if rows else 0
+    for step, row in enumerate(rows):
+        if len(row) != width:
+            raise UserError(f"{path}: step {step} has {len(row)} columns, expected {width}; give one per variable")
+    columns = list(zip(*rows, strict=True))
+    if header and columns and header[0] in ("time", "t", ""):
+        times = [_number(cell) for cell in columns.pop(0)]
+        if None not in times:  # dates are taken on trust
+            _refuse_uneven_time(path, np.array(times))
+    values = [[_number(cell) for cell in column] for column in columns]
+    for variable, column in enumerate(values):
+        if None in column:
+            step = column.index(None)
+            raise UserError(
+                f"{path}: variable {variable}, step {step} is {columns[variable][step]!r}, not a number; "
+                "write numbers as 1.23, separated by commas"
+            )
+    return np.array(values, np.float64).T.reshape(len(rows), len(values))  # (steps, variables)
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; pass --data FILE or make one with: python -m m2helpers simulate")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or pass another with --data") from None
+
+
+def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
+    try:
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise UserError(f"{path}: has no dataset /{name}, only {sorted(file)}; add it as {layout}")
+        if dataset.shape is None or len(dataset.shape) != rank:
+            raise UserError(f"{path}: /{name} has shape {dataset.shape}; it must have rank {rank}, {layout}")
+        if dataset.dtype.kind not in "fiu":
+            raise UserError(f"{path}: /{name} holds {dataset.dtype}; it must hold real numbers")
+        return dataset[()]
+    except (OSError, RuntimeError) as error:  # a damaged block shows only when it is read
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: /{name} cannot be read ({reason}); the file is damaged, restore it") from None
+
+
+def _refuse_uneven_time(path: Path, time: np.ndarray) -> None:
+    if len(time) < 2:
+        return
+    if not np.isfinite(time).all():
+        step = int(np.argmin(np.isfinite(time)))
+        raise UserError(f"{path}: time at step {step} is {time[step]}; give evenly spaced, finite times")
+    gaps = np.diff(time.astype(np.float64))
+    usual = float(np.median(gaps))
+    if usual <= 0:
+        raise UserError(f"{path}: time does not increase (usual gap {usual:g}); give evenly spaced, rising times")
+    uneven = np.abs(gaps - usual) > 1e-4 * usual  # float32 times are even to about 1e-5 of a step
+    if uneven.any():
+        step = int(np.argmax(uneven))
+        raise UserError(
+            f"{path}: uneven time, the gap after step {step} is {gaps[step]:g} and the usual gap {usual:g}; "
+            "resample to even steps"
+        )
+
+
+def _refuse_first(path: Path, values: np.ndarray, bad: np.ndarray, remedy: str) -> None:
+    if bad.any():
+        where = tuple(int(index) for index in np.argwhere(bad)[0])
+        raise UserError(
+            f"{path}: trajectory {where[0]}, step {where[1]}, variable {where[2]} is {values[where]} "
+            f"(counting from 0); {remedy}"
+        )
+
+
+def _content_hash(time: np.ndarray, trajectories: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array, kind in ((time, "<f8"), (trajectories, "<f4")):
+        digest.update(f"{kind}{array.shape}".encode())
+        digest.update(array.astype(kind).tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def summary(trajectories: np.ndarray) -> pd.DataFrame:
+    """Mean, standard deviation, percentiles and maximum of each population, over all systems and steps.
+
+    Parameters
+    ----------
+    trajectories : array (systems, steps, 2)
+
+    Returns
+    -------
+    DataFrame
+        Rows `VARIABLES`, columns `STATISTICS`.
+    """
+    values = np.asarray(trajectories, np.float64).reshape(-1, len(VARIABLES))
+    percentiles = np.percentile(values, [1, 25, 50, 75, 99], axis=0)
+    rows = np.vstack([values.mean(axis=0), values.std(axis=0), percentiles, values.max(axis=0)])
+    return pd.DataFrame(rows.T, index=VARIABLES, columns=STATISTICS)
+
+
+def tail_figures(dataset: Dataset) -> tuple[float, float, float]:
+    """Pooled 99.7th percentile over all systems, the same over the training part, and the share of systems whose
+    predator ends below `FADING_BELOW`."""
+    trajectories = dataset.trajectories.astype(np.float64)
+    train = dataset.part("train").astype(np.float64)
+    fading = (trajectories[:, -1, 1] < FADING_BELOW).mean()
+    return float(np.percentile(trajectories, 99.7)), float(np.percentile(train, 99.7)), float(fading)
+
+
+def statistics_table(dataset: Dataset) -> str:
+    """Markdown tables of a dataset's statistics beside those of the course's file; the datasheet's marked block."""
+    ours = summary(dataset.trajectories)
+    lines = ["| | " + " | ".join(STATISTICS) + " |", "|---|" + "---:|" * len(STATISTICS)]
+    for variable in VARIABLES:
+        for label, table in (("this file", ours), ("course's file", COURSE_STATISTICS)):
+            lines.append(f"| {variable}, {label} | " + " | ".join(f"{x:.3f}" for x in table.loc[variable]) + " |")
+        change = ours.loc[variable] / COURSE_STATISTICS.loc[variable] - 1
+        lines.append(f"| {variable}, difference | " + " | ".join(f"{x:+.0%}" for x in change) + " |")
+    whole, train, fading = tail_figures(dataset)
+    lines += [
+        "",
+        "| | this file | course's file |",
+        "|---|---:|---:|",
+        f"| 99.7th percentile, both populations pooled | {whole:.2f} | {COURSE_P997:.2f} |",
+        f"| the same, training part | {train:.3f} | {COURSE_P997_TRAIN:.3f} |",
+        f"| systems whose predator ends below {FADING_BELOW} | {fading:.1%} | about {COURSE_FADING:.0%} |",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""Base models: the embedded one this project ships, or any causal language model by hub name or local folder.
+
+Both go the same way: a folder in hub format is found (or fetched), read, and given a trainable LM-head bias.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
+
+from .files import UserError, sha256_file
+
+EMBEDDED = "embedded"
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model ready to use."""
+
+    model: PreTrainedModel
+    tokenizer: object
+    name: str
+    """What the user called it: ``embedded``, a hub name or a folder."""
+    sha256: str
+    """Over its weight files: an adapter records it and refuses another base."""
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, for folders and headings: ``Qwen2.5-0.5B-Instruct``."""
+        return Path(self.name).name
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills the left of a batch; its value does not matter, because it is masked."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+
+def default_model() -> str:
+    """The base that notebooks and commands use: the environment variable ``M2_MODEL``, or ``embedded``."""
+    return os.environ.get("M2_MODEL") or EMBEDDED
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Where the runs of a base are kept: ``checkpoint/<base>/``."""
+    return CHECKPOINTS / Path(name).name
+
+
+def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
+    """Load a base model and its tokenizer, in float32 on the CPU or bfloat16 on a GPU, in evaluation mode.
+
+    Parameters
+    ----------
+    name : str, optional
+        ``embedded``, a hub name such as ``Qwen/Qwen2.5-0.5B-Instruct``, or a folder in hub format.
+        By default `default_model()`.
+    head_bias : bool
+        Add the trainable LM-head bias, zero at first (see `add_head_bias`).
+
+    Raises
+    ------
+    UserError
+        If the model cannot be found or fetched, is not a causal language model, or has no safetensors weights.
+    """
+    name = name or default_model()
+    folder = _find_folder(name)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        missing = "config.json" if weights else "*.safetensors weights"
+        raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        architectures = AutoConfig.from_pretrained(folder).architectures or [""]
+        if not architectures[0].endswith("ForCausalLM"):
+            raise UserError(f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text")
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: cannot be loaded from {folder} ({_first_line(error)}); fetch or copy the model again") from error
+    if head_bias:
+        add_head_bias(model)
+    model.generation_config.do_sample = False
+    return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
+
+
+def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the LM head a bias, zero at first, so that the output is unchanged; return the same model.
+
+    Qwen2's head has none, and its weight is tied to the input embedding: the new head shares that very parameter,
+    so it costs `vocab_size` numbers and leaves the tie as it was. Adding twice changes nothing.
+    """
+    head = model.get_output_embeddings()
+    if head.bias is None:
+        biased = nn.Linear(head.in_features, head.out_features, bias=True, device="meta")
+        biased.weight = head.weight
+        biased.bias = nn.Parameter(torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device))
+        model.set_output_embeddings(biased)
+    return model
+
+
+def embedded_config(**changes) -> Qwen2Config:
+    """The architecture of the embedded base: Qwen2, 2.4 M parameters, grouped-query attention, tied embeddings."""
+    settings = dict(
+        vocab_size=256 + len(SPECIAL_TOKENS),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    return Qwen2Config(**settings | changes)
+
+
+def embedded_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer class with the 256 bytes as vocabulary and no merges.
+
+    The bytes stand in byte-level BPE order, as in Qwen2.5, so that digits and punctuation have the same ids there and
+    here: ``0``…``9`` are 15…24, ``.`` 13, ``,`` 11, ``;`` 26, ``-`` 12.
+    """
+    # Byte-level BPE (GPT-2) numbers the printable bytes first; the others follow, shown as the characters from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocab = {symbol: index for index, symbol in enumerate([*symbols, *SPECIAL_TOKENS])}
+    special = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:]))
+    return Qwen2Tokenizer(vocab=vocab, merges=[], **special)
+
+
+def _find_folder(name: str) -> Path:
+    if name == EMBEDDED:
+        return CHECKPOINTS / EMBEDDED / "base"
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder")
+    patterns = ["*.json", "*.safetensors", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except OSError:
+        pass  # not in the cache yet
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds: no network, no such repository, a gated one
+        raise UserError(
+            f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {_first_line(error)}); "
+            "connect and try again, or give a folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _hash_files(paths: list[Path]) -> str:
+    """One hash for a model, sharded or not: the file's own, or that of the shards' hashes in order."""
+    hashes = [sha256_file(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -1,0 +1,252 @@
+"""Pre-training of the embedded base on synthetic series, from random weights or from where a run stopped.
+
+The batch of every step is a function of the seed and the step alone, so a stopped run goes on exactly as if it had not
+been stopped. The learning rate warms up, stays, and decays linearly to zero at the end (warm-up–stable–decay, Hu et al.,
+MiniCPM, 2024).
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import Qwen2ForCausalLM
+
+from .files import UserError, write_json, write_text
+from .flops import forward_account
+from .models import Base, embedded_config, embedded_tokenizer
+from .state import load_state, save_state
+from .synthetic import FAMILIES, draw_texts
+from .text import left_pad, tokenise
+
+BLOCK = 256  # steps whose texts are drawn together: the integrators work on many systems at once
+VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
+
+    tokens: int = 14_000_000
+    """Length of the schedule: tokens seen in all."""
+    batch_size: int = 4
+    """Texts a step."""
+    max_length: int = 1024
+    """Tokens a text."""
+    learning_rate: float = 2e-3
+    """AdamW's, at the plateau."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.35
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    weight_decay: float = 0.05
+    """On matrices, not on norms and biases."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    eval_steps: int = 250
+    """Steps between validations."""
+    save_steps: int = 100
+    """Steps between saves."""
+    seed: int = 0
+    """Of the weights and of the stream of texts."""
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps that `tokens` buys."""
+        return max(1, self.tokens // (self.batch_size * self.max_length))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        decay = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
+        return self.learning_rate * min(warm, decay)
+
+
+def pretrain(
+    settings: PretrainSettings, output_dir: Path, *, stop_after: float | None = None, resume: bool = False, architecture: dict | None = None
+) -> dict:
+    """Train the embedded base and write it to `output_dir` in hub format, with tokenizer, record and model card.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    output_dir : Path
+        Where the model goes, and ``state.safetensors`` while it is being trained.
+    stop_after : float, optional
+        Minutes after which to save and stop; `resume` goes on from there.
+    architecture : dict, optional
+        Changes to `embedded_config`, for tests.
+
+    Returns
+    -------
+    dict
+        The record: settings, history, validation loss by family, tokens, FLOPs, seconds, machine.
+
+    Raises
+    ------
+    UserError
+        If the folder holds another run, or there is nothing to resume.
+    """
+    output_dir = Path(output_dir)
+    state_path = output_dir / "state.safetensors"
+    if resume != state_path.exists():
+        remedy = "nothing to resume, leave --resume out" if resume else "holds a run that was stopped; add --resume or delete it"
+        raise UserError(f"{state_path}: {remedy}")
+    torch.manual_seed(settings.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen2ForCausalLM(embedded_config(**(architecture or {}))).to(device).train()
+    tokenizer = embedded_tokenizer()
+    parameters = dict(model.named_parameters())
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": []}
+    if resume:
+        record = load_state(state_path, parameters, optimizer)
+        if record["settings"] != asdict(settings):
+            changed = [k for k, v in asdict(settings).items() if record["settings"].get(k) != v]
+            raise UserError(f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume")
+
+    started, before, losses = time.monotonic(), record["seconds"], []
+    bar = tqdm(total=settings.max_steps, initial=record["step"], desc="pre-training", unit="step", mininterval=1)
+    while record["step"] < settings.max_steps:
+        step = record["step"]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        loss = _loss(model, _batch(settings, step, tokenizer), device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        record["step"] = step + 1
+        record["seconds"] = before + time.monotonic() - started
+        speed = record["step"] * settings.batch_size * settings.max_length / record["seconds"]
+        bar.update()
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        last = record["step"] == settings.max_steps
+        out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
+        if record["step"] % settings.eval_steps == 0 or last:
+            by_family = _validate(model, tokenizer, settings, device)
+            record["loss_by_family"] = by_family
+            row = {"step": record["step"], "loss": float(np.mean(losses)), "val_loss": float(np.mean(list(by_family.values())))}
+            record["history"].append(row | {"learning_rate": settings.rate(step), "tokens_per_second": speed})
+            bar.write(f"step {row['step']}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
+            losses = []
+        if record["step"] % settings.save_steps == 0 or last or out_of_time:
+            save_state(state_path, parameters, optimizer, record)
+        if out_of_time and not last:
+            bar.close()
+            return record
+    bar.close()
+    record |= _account(settings, model)
+    model.eval().save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    write_json(output_dir / "pretraining.json", record)
+    write_text(output_dir / "README.md", model_card(record))
+    state_path.unlink()
+    return record
+
+
+def mixture_loss(base: Base, n_per_family: int = 2, length: int = 512) -> dict[str, float]:
+    """Loss per token of a model on held-out texts of each pre-training family: what fine-tuning made it forget.
+
+    Returns
+    -------
+    dict
+        Family → mean cross-entropy in nats.
+    """
+    settings = PretrainSettings(batch_size=n_per_family, max_length=length)
+    return _validate(base.model, base.tokenizer, settings, base.model.device)
+
+
+@lru_cache(maxsize=1)
+def _block(settings: PretrainSettings, index: int) -> list[str]:
+    return draw_texts([settings.seed, index], BLOCK * settings.batch_size, settings.max_length)
+
+
+def _batch(settings: PretrainSettings, step: int, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a training step, each (batch, at most max_length)."""
+    first = step % BLOCK * settings.batch_size
+    texts = _block(settings, step // BLOCK)[first : first + settings.batch_size]
+    return left_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
+
+
+def _loss(model, batch: tuple[np.ndarray, np.ndarray], device) -> torch.Tensor:
+    ids, mask = (torch.from_numpy(a).to(device) for a in batch)  # (batch, length)
+    logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits[:, :-1]  # (batch, length - 1, vocab)
+    labels = ids[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+@torch.no_grad()
+def _validate(model, tokenizer, settings: PretrainSettings, device) -> dict[str, float]:
+    was_training = model.training
+    model.eval()
+    losses = {}
+    for number, name in enumerate(FAMILIES):
+        texts = draw_texts([VALIDATION_SEED, number], settings.batch_size, settings.max_length, family=name, precision=2)
+        losses[name] = _loss(model, left_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id), device).item()
+    model.train(was_training)
+    return losses
+
+
+def _account(settings: PretrainSettings, model) -> dict:
+    step = 3 * forward_account(model.config, settings.batch_size, settings.max_length, head_bias=False).forward
+    machine = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": settings.max_steps * settings.batch_size * settings.max_length,
+        "flops": settings.max_steps * step,
+        "machine": machine,
+        "torch": torch.__version__,
+    }
+
+
+def model_card(record: dict) -> str:
+    """The card that goes with the weights, every figure from the run's record."""
+    settings, config = record["settings"], embedded_config()
+    families = "\n".join(f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items()))
+    return f"""---
+license: mit
+library_name: transformers
+---
+# Embedded base: a small general model of numeric series
+
+This is **not** Qwen2.5. It is a model of the same architecture (`Qwen2ForCausalLM`, {record["parameters"]:,} parameters:
+hidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query and {config.num_key_value_heads} key-value heads,
+intermediate {config.intermediate_size}, tied embeddings), trained from random weights by this project on synthetic series written
+as LLMTime text. It has never seen a predator–prey system, and no words at all: it reads and writes numbers.
+
+| | |
+|---|---|
+| tokens | {record["tokens"]:,} |
+| optimizer | AdamW, learning rate {settings["learning_rate"]:g}, batch {settings["batch_size"]} × {settings["max_length"]} tokens, {record["step"]:,} steps |
+| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {record["flops"]:.3g} |
+| time | {record["seconds"] / 60:.0f} minutes on {record["machine"]}, torch {record["torch"]} |
+| validation loss | {record["history"][-1]["val_loss"]:.4f} nats a token |
+
+Made by `python -m m2helpers pretrain --output-dir DIR --tokens {settings["tokens"]} --seed {settings["seed"]}`.
+
+## Mixture
+
+An equal mixture of {len(record["loss_by_family"])} families; validation loss of each, in nats a token:
+
+| family | loss |
+|---|---|
+{families}
+
+## Limits
+
+At most 1,024 tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 30.
+"""

@@ -1,0 +1,204 @@
+"""LLMTime text: numbers written so that a language model can read them and go on writing.
+
+A series of steps of variables becomes one line of text: every value times one `scale`, rounded to `precision`
+decimals, ``,`` between variables and ``;`` after each step, as in ``1.16,1.27;0.90,0.95;0.83,0.69;``.
+
+Source: Gruver et al., "Large Language Models Are Zero-Shot Time Series Forecasters" (LLMTime), NeurIPS 2023.
+Unlike the original code, decoding here is strict: what does not parse is reported, never padded or read as zero.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .files import UserError
+
+# The share of training values that lie below 10 once scaled; the rest have more integer digits.
+SCALE_PERCENTILE = 99.7
+SCALE_TARGET = 10.0
+
+
+class Decoded(NamedTuple):
+    """What strict decoding found: the whole steps at the start of a text, and where they end."""
+
+    values: np.ndarray
+    """float64 (n_steps, n_variables), in the units of the series."""
+    stop: int
+    """Characters parsed; equal to the length of the text when all of it is whole steps."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How numbers are written: the settings that belong to a run and are stored with it.
+
+    Raises
+    ------
+    UserError
+        If the scale is not positive and finite, the precision or the digit limit is out of range, or a separator
+        is not one character, or is one that numbers use.
+    """
+
+    scale: float
+    """Values are multiplied by this before they are written (text = value × scale)."""
+    precision: int = 2
+    """Decimals written."""
+    variable_separator: str = ","
+    """Between the variables of one step."""
+    step_separator: str = ";"
+    """After each step."""
+    max_integer_digits: int = 3
+    """Digits allowed before the point; a larger value is an error, not a longer number."""
+
+    def __post_init__(self):
+        if not (np.isfinite(self.scale) and self.scale > 0):
+            raise UserError(f"scale {self.scale} is not a positive number; fit it with fit_scale(training values)")
+        if self.precision < 0 or self.max_integer_digits < 1:
+            raise UserError(
+                f"precision {self.precision} with {self.max_integer_digits} integer digits: "
+                "precision must be at least 0 and integer digits at least 1"
+            )
+        separators = (self.variable_separator, self.step_separator)
+        if len(set(separators)) < 2 or any(len(s) != 1 or s in "0123456789.-" for s in separators):
+            raise UserError(
+                f"separators {separators}: give two different single characters that numbers do not use, such as , and ;"
+            )
+
+    @property
+    def alphabet(self) -> str:
+        """Every character that encoded text can hold."""
+        return "0123456789.-" + self.variable_separator + self.step_separator
+
+    def shortest_step(self, n_variables: int) -> int:
+        """Characters in the shortest possible step: 10 for two variables at precision 2 (``0.00,0.00;``)."""
+        return n_variables * (2 + (self.precision + 1 if self.precision else 0))
+
+    def encode(self, values: np.ndarray) -> str:
+        """Write a series as text.
+
+        Parameters
+        ----------
+        values : array_like, (n_steps, n_variables)
+            The series, in its own units.
+
+        Returns
+        -------
+        str
+            One line; each value is within ``0.5 · 10**-precision`` of the truth in scaled units.
+
+        Raises
+        ------
+        UserError
+            If the shape is wrong, or a value is not finite or needs more digits than the limit.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] == 0:
+            raise UserError(f"a series of shape {values.shape} cannot be encoded: give (steps, variables)")
+        scaled = np.round(values * self.scale, self.precision) + 0.0  # adding 0.0 turns -0.0 into 0.0
+        limit = 10**self.max_integer_digits
+        bad = ~(np.abs(scaled) < limit)  # written so that NaN is caught too
+        if bad.any():
+            step, variable = np.argwhere(bad)[0]
+            raise UserError(
+                f"value {values[step, variable]:g} (step {step}, variable {variable}) is {scaled[step, variable]:g} "
+                f"once scaled by {self.scale:g}, not a number under the limit {limit:,}: use a smaller scale"
+            )
+        between, after = (s.replace("%", "%%") for s in (self.variable_separator, self.step_separator))
+        step = between.join([f"%.{self.precision}f"] * values.shape[1]) + after
+        return "".join(step % tuple(row) for row in scaled.tolist())
+
+    def decode(self, text: str, n_variables: int) -> Decoded:
+        """Read the whole steps at the start of a text; stop at the first character that breaks the grammar.
+
+        The grammar is exactly what `encode` writes: an optional sign, at most `max_integer_digits` digits without
+        leading zeros, `precision` decimals, `n_variables` values a step. A step without its separator is not whole.
+
+        Returns
+        -------
+        Decoded
+            Values in the units of the series, float64 (n_steps, n_variables), and the index where parsing stopped.
+        """
+        digits = rf"-?(?:0|[1-9]\d{{0,{self.max_integer_digits - 1}}})"
+        number = digits + (rf"\.\d{{{self.precision}}}" if self.precision else "")
+        step = re.compile(re.escape(self.variable_separator).join([f"({number})"] * n_variables) + re.escape(self.step_separator), re.ASCII)
+        rows, stop = [], 0
+        while match := step.match(text, stop):
+            rows.append([float(group) for group in match.groups()])
+            stop = match.end()
+        values = np.array(rows, dtype=np.float64).reshape(-1, n_variables) / self.scale
+        return Decoded(values, stop)
+
+
+def fit_scale(values: np.ndarray) -> float:
+    """The scale that puts the 99.7th percentile of the training values (any shape) at 10.
+
+    Raises
+    ------
+    UserError
+        If that percentile is not positive, so that no scale exists.
+    """
+    top = float(np.percentile(np.abs(values), SCALE_PERCENTILE))
+    if not (np.isfinite(top) and top > 0):
+        raise UserError(f"the {SCALE_PERCENTILE}th percentile of the values is {top:g}: nothing to scale by; check the series")
+    return SCALE_TARGET / top
+
+
+def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
+    """Token ids of encoded texts, one token a character.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        What `Codec.encode` wrote.
+    tokenizer : transformers tokenizer
+
+    Returns
+    -------
+    list of int64 arrays, each (n_characters,)
+
+    Raises
+    ------
+    UserError
+        If the tokenizer merges characters (as digit-merging vocabularies do) or adds its own.
+    """
+    if not len(texts):
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        if len(ids) != len(text):
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} writes {text[:12]!r}… as {len(ids)} tokens, "
+                f"not {len(text)}: it merges characters; use a base whose tokenizer splits digits, such as Qwen2.5"
+            )
+    return [np.array(ids, dtype=np.int64) for ids in encoded]
+
+
+def windows(n_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
+    """Where windows of at most `length` tokens begin and end: one every `stride`, the last one as short as it must be.
+
+    No window starts past the end, and none repeats only what the one before it already covered.
+    """
+    starts = [start for start in range(0, n_tokens, stride) if start == 0 or start - stride + length < n_tokens]
+    return [(start, min(start + length, n_tokens)) for start in starts]
+
+
+def left_pad(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """One batch of sequences of different lengths, padded on the left so that all end together.
+
+    Returns
+    -------
+    input_ids : int64 (batch, longest)
+    attention_mask : int64 (batch, longest)
+        1 on tokens, 0 on padding.
+    """
+    longest = max(len(s) for s in sequences)
+    input_ids = np.full((len(sequences), longest), pad_id, dtype=np.int64)  # (batch, longest)
+    attention_mask = np.zeros_like(input_ids)  # (batch, longest)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, longest - len(sequence) :] = sequence
+        attention_mask[row, longest - len(sequence) :] = 1
+    return input_ids, attention_mask
