@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from m2helpers.files import UserError
+from .files import UserError
 
 QWEN_05B = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
     "vocab_size": 151936,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m2helpers.architecture import Size, check_sizes, is_qwen2, layer_matrices, lora_targets, within
-from m2helpers.files import UserError
+from .architecture import Size, check_sizes, is_qwen2, layer_matrices, lora_targets, within
+from .files import UserError
 
 
 def lora_backward_matmuls(

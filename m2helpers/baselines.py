@@ -17,18 +17,18 @@ import numpy as np
 from scipy.optimize import OptimizeResult, least_squares
 from tqdm.auto import tqdm
 
-from m2helpers.files import UserError, atomic_path
+from .files import UserError, atomic_path
 
-# Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which has
-# no logarithm.
+# Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which
+# has no logarithm.
 _FLOOR = 0.004
 
 # Vector autoregression: the largest lag tried, and how far outside the context's range a forecast may go (in logs).
 _MAX_LAG = 6
 _LOG_MARGIN = np.log(2.0)
 
-# ODE fit: prior of (r, K, a, h, e, d), normal in logs; one standard deviation is half of these ranges. The data's h starts
-# at 0, which has no logarithm: 0.03 already behaves like 0.
+# ODE fit: prior of (r, K, a, h, e, d), normal in logs; one standard deviation is half of these ranges. The data's h
+# starts at 0, which has no logarithm: 0.03 already behaves like 0.
 _RANGES = np.array([(0.11, 0.30), (5.0, 16.0), (0.21, 0.49), (0.03, 0.18), (0.30, 0.70), (0.10, 0.30)])
 _PRIOR_MEAN = np.log(_RANGES).mean(axis=1)
 _PRIOR_SD = np.diff(np.log(_RANGES), axis=1)[:, 0] / 2
@@ -168,12 +168,12 @@ def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
     """Fit the data's own equations to the context and integrate on.
 
     Least squares (``scipy.optimize.least_squares``) on the logarithms of r, K, a, h, e, d and of the initial state;
-    residuals are in population units, since rounding errs by the same amount everywhere. A weak log-normal prior centred on
-    the middle of the ranges seen in the data (r 0.11–0.30, K 5–16, a 0.21–0.49, h 0–0.18, e 0.30–0.70, d 0.10–0.30; half a
-    range is one standard deviation) decides what a short context leaves open: one standard deviation of a parameter
-    weighs as much as one residual of 0.003. Starting points are the prior's centre and, for three values of h, the linear
-    least-squares solution of the equations integrated from step to step (integral matching); the best of them are
-    refined in turn until one fits within the noise, three at most.
+    residuals are in population units, since rounding errs by the same amount everywhere. A weak log-normal prior
+    decides what a short context leaves open: its centre is the middle of the ranges seen in the data (r 0.11–0.30,
+    K 5–16, a 0.21–0.49, h 0–0.18, e 0.30–0.70, d 0.10–0.30), one standard deviation is half a range, and a parameter
+    one standard deviation away weighs as much as one residual of 0.003. Starting points are the prior's centre and, for
+    three values of h, the linear least-squares solution of the equations integrated from step to step (integral
+    matching); the best of them are refined in turn until one fits within the noise, three at most.
 
     Parameters
     ----------
@@ -252,8 +252,9 @@ def _minimise(residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray) 
 def _integral_matching(context: np.ndarray, dt: float, h: float) -> np.ndarray:
     """Rough (r, K, a, h, e, d) for a given h, by linear least squares on the equations integrated over each step.
 
-    ``Δ ln x = r Δt − (r/K) ∫x − a ∫ y/(1+hx)`` and ``Δ ln y = e a ∫ x/(1+hx) − d Δt`` are linear in r, r/K, a, e·a and d;
-    the integrals are trapezia. The prior's centre is added as one weak observation of each unknown.
+    ``Δ ln x = r Δt − (r/K) ∫x − a ∫ y/(1+hx)`` and ``Δ ln y = e a ∫ x/(1+hx) − d Δt`` are linear in r, r/K, a, e·a
+    and d. The integrals are of the cubic through four neighbouring steps (trapezia at the ends). The prior's centre is
+    added as one weak observation of each unknown.
     """
     x, y = np.maximum(context, _FLOOR).T
     r, capacity, a, _, e, d = np.exp(_PRIOR_MEAN)
@@ -263,8 +264,10 @@ def _integral_matching(context: np.ndarray, dt: float, h: float) -> np.ndarray:
         solution = np.linalg.lstsq(design, np.concatenate([target * weight, np.full(len(prior), 0.3)]), rcond=None)[0]
         return np.clip(solution, prior / 10, prior * 10)
 
-    def area(values: np.ndarray) -> np.ndarray:
-        return 0.5 * dt * (values[1:] + values[:-1])
+    def area(values: np.ndarray) -> np.ndarray:  # (n,) -> (n - 1,)
+        areas = (values[1:] + values[:-1]) / 2
+        areas[1:-1] += (values[1:-2] + values[2:-1] - values[:-3] - values[3:]) / 24
+        return dt * areas
 
     ones = np.full(len(x) - 1, dt)
     # A difference of logs is as uncertain as noise / population: weight by the smaller end, in units of noise 0.05.
@@ -333,7 +336,7 @@ def run_baselines(
 
 
 def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """Stored forecasts, each (total steps, v), or None where the file is missing, damaged or made from something else."""
+    """Stored forecasts, each (total steps, v); None if the file is missing, damaged or made from something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["fingerprint"]) != fingerprint:

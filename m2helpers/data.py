@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from scipy.integrate import solve_ivp
 from scipy.stats import norm
 from sklearn.model_selection import train_test_split
 
-from m2helpers.files import UserError, atomic_path
+from .files import UserError, atomic_path
 
 DATA_FILE = Path(__file__).parent.parent / "data" / "lotka_volterra_data.h5"
 VARIABLES = ("prey", "predator")
@@ -90,12 +89,13 @@ def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
 
 
 def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    """Simulate predator-prey systems with logistic prey growth and a saturating (Holling II) response.
+    """Simulate predator-prey systems: logistic prey, Holling II predator (Rosenzweig and MacArthur, 1963).
 
     ``x' = r x (1 - x/K) - a x y / (1 + h x)``,  ``y' = e a x y / (1 + h x) - d y``
 
     All systems are integrated together, as one stacked equation for the logarithms of the populations (so that
-    none can become negative), by the eighth-order Runge-Kutta method of Dormand and Prince.
+    none can become negative), by the eighth-order Runge-Kutta method of Dormand and Prince. The classic system
+    (Lotka, 1925; Volterra, 1926) has 1/K = 0 and h = 0.
 
     Returns
     -------
@@ -115,8 +115,7 @@ def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.Da
 
     time = np.linspace(0.0, settings.t_max, settings.steps)
     start = np.log(np.concatenate([x0, y0]))
-    span = (0.0, settings.t_max)
-    solution = solve_ivp(growth_rates, span, start, "DOP853", time, rtol=_TOLERANCE, atol=_TOLERANCE)
+    solution = solve_ivp(growth_rates, (0.0, time[-1]), start, "DOP853", time, rtol=_TOLERANCE, atol=_TOLERANCE)
     if not solution.success:
         raise UserError(f"simulation failed ({solution.message}); use parameter ranges nearer to the defaults")
     logarithms = solution.y.reshape(2, settings.systems, settings.steps)  # (variables, systems, steps)
@@ -187,19 +186,12 @@ def load_dataset(path: str | os.PathLike = DATA_FILE) -> Dataset:
         trajectories = _read(file, path, "trajectories", rank=3, layout="(systems, steps, 2)")
         time = _read(file, path, "time", rank=1, layout="(steps,)")
     if trajectories.shape[2] != len(VARIABLES):
-        raise UserError(
-            f"{path}: the last axis of /trajectories has length {trajectories.shape[2]}; "
-            "it must be 2, prey first, then predator"
-        )
+        raise UserError(f"{path}: last axis of /trajectories is {trajectories.shape[2]}; it must be 2: prey, predator")
     if len(trajectories) < _MINIMUM_TRAJECTORIES:
-        raise UserError(
-            f"{path}: {len(trajectories)} trajectories; an 80 / 10 / 10 split needs at least "
-            f"{_MINIMUM_TRAJECTORIES}, add more"
-        )
-    if trajectories.shape[1] != len(time):
-        raise UserError(
-            f"{path}: /trajectories has {trajectories.shape[1]} steps but /time has {len(time)}; make them agree"
-        )
+        raise UserError(f"{path}: {len(trajectories)} trajectories; add more, the split needs {_MINIMUM_TRAJECTORIES}")
+    steps = trajectories.shape[1]
+    if steps != len(time) or steps < 2:
+        raise UserError(f"{path}: /trajectories has {steps} steps, /time {len(time)}; they must agree and be 2 or more")
     _refuse_uneven_time(path, time)
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite and is refused next
         trajectories = np.ascontiguousarray(trajectories, np.float32)
@@ -245,49 +237,29 @@ def read_series(path: str | os.PathLike) -> np.ndarray:
 
 def _read_csv(path: Path) -> np.ndarray:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            rows = [row for row in csv.reader(stream) if row]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the name") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error}); give comma-separated text or HDF5") from None
-    has_header = bool(rows) and all(_number(cell) is None for cell in rows[0])
-    header = [name.strip().lower() for name in rows.pop(0)] if has_header else []
-    width = len(header or rows[0]) if rows else 0
-    for step, row in enumerate(rows):
-        if len(row) != width:
-            raise UserError(f"{path}: step {step} has {len(row)} columns, expected {width}; give one per variable")
-    columns = list(zip(*rows, strict=True))
-    if header and columns and header[0] in ("time", "t", ""):
-        times = [_number(cell) for cell in columns.pop(0)]
-        if None not in times:  # dates are taken on trust
-            _refuse_uneven_time(path, np.array(times))
-    values = [[_number(cell) for cell in column] for column in columns]
-    for variable, column in enumerate(values):
-        if None in column:
-            step = column.index(None)
-            raise UserError(
-                f"{path}: variable {variable}, step {step} is {columns[variable][step]!r}, not a number; "
-                "write numbers as 1.23, separated by commas"
-            )
-    return np.array(values, np.float64).T.reshape(len(rows), len(values))  # (steps, variables)
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None
+        cells = pd.read_csv(path, header=None, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read as CSV ({reason}); give comma-separated text or HDF5") from None
+    numbers = cells.apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    if numbers.iloc[0].isna().all() and cells.iloc[0].notna().any():  # a header: text, and no number
+        first_name = str(cells.iloc[0].fillna("")[0]).strip().lower()
+        numbers = numbers.iloc[1:]
+        if first_name in ("time", "t", ""):
+            if numbers[0].notna().all():  # dates are taken on trust
+                _refuse_uneven_time(path, numbers[0].to_numpy())
+            numbers = numbers.iloc[:, 1:]
+    return numbers.to_numpy()  # (steps, variables)
 
 
 def _open_hdf5(path: Path) -> h5py.File:
     if not path.exists():
-        raise UserError(f"{path}: no such file; pass --data FILE or make one with: python -m m2helpers simulate")
+        raise UserError(f"{path}: no such file; check the name, or make one: python -m m2helpers simulate --out {path}")
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or pass another with --data") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or give another") from None
 
 
 def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
@@ -301,26 +273,20 @@ def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.
             raise UserError(f"{path}: /{name} holds {dataset.dtype}; it must hold real numbers")
         return dataset[()]
     except (OSError, RuntimeError) as error:  # a damaged block shows only when it is read
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: /{name} cannot be read ({reason}); the file is damaged, restore it") from None
 
 
 def _refuse_uneven_time(path: Path, time: np.ndarray) -> None:
-    if len(time) < 2:
-        return
-    if not np.isfinite(time).all():
-        step = int(np.argmin(np.isfinite(time)))
-        raise UserError(f"{path}: time at step {step} is {time[step]}; give evenly spaced, finite times")
-    gaps = np.diff(time.astype(np.float64))
-    usual = float(np.median(gaps))
-    if usual <= 0:
-        raise UserError(f"{path}: time does not increase (usual gap {usual:g}); give evenly spaced, rising times")
-    uneven = np.abs(gaps - usual) > 1e-4 * usual  # float32 times are even to about 1e-5 of a step
-    if uneven.any():
-        step = int(np.argmax(uneven))
+    with np.errstate(invalid="ignore"):
+        gaps = np.diff(time.astype(np.float64))
+    usual = float(np.median(gaps[np.isfinite(gaps)])) if np.isfinite(gaps).any() else 0.0
+    even = (np.abs(gaps - usual) <= 1e-4 * usual) & (usual > 0)  # float32 times are even to about 1e-5 of a step
+    if not even.all():
+        step = int(np.argmin(even))
         raise UserError(
-            f"{path}: uneven time, the gap after step {step} is {gaps[step]:g} and the usual gap {usual:g}; "
-            "resample to even steps"
+            f"{path}: uneven time axis, from step {step} to the next it goes by {gaps[step]:g} and elsewhere by "
+            f"{usual:g}; resample to even, rising times"
         )
 
 
@@ -334,10 +300,8 @@ def _refuse_first(path: Path, values: np.ndarray, bad: np.ndarray, remedy: str) 
 
 
 def _content_hash(time: np.ndarray, trajectories: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array, kind in ((time, "<f8"), (trajectories, "<f4")):
-        digest.update(f"{kind}{array.shape}".encode())
-        digest.update(array.astype(kind).tobytes())
+    digest = hashlib.sha256(str(trajectories.shape).encode())
+    digest.update(time.astype("<f8").tobytes() + trajectories.astype("<f4").tobytes())
     return digest.hexdigest()
 
 
@@ -362,15 +326,6 @@ def summary(trajectories: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows.T, index=VARIABLES, columns=STATISTICS)
 
 
-def tail_figures(dataset: Dataset) -> tuple[float, float, float]:
-    """Pooled 99.7th percentile over all systems, the same over the training part, and the share of systems whose
-    predator ends below `FADING_BELOW`."""
-    trajectories = dataset.trajectories.astype(np.float64)
-    train = dataset.part("train").astype(np.float64)
-    fading = (trajectories[:, -1, 1] < FADING_BELOW).mean()
-    return float(np.percentile(trajectories, 99.7)), float(np.percentile(train, 99.7)), float(fading)
-
-
 def statistics_table(dataset: Dataset) -> str:
     """Markdown tables of a dataset's statistics beside those of the course's file; the datasheet's marked block."""
     ours = summary(dataset.trajectories)
@@ -380,7 +335,8 @@ def statistics_table(dataset: Dataset) -> str:
             lines.append(f"| {variable}, {label} | " + " | ".join(f"{x:.3f}" for x in table.loc[variable]) + " |")
         change = ours.loc[variable] / COURSE_STATISTICS.loc[variable] - 1
         lines.append(f"| {variable}, difference | " + " | ".join(f"{x:+.0%}" for x in change) + " |")
-    whole, train, fading = tail_figures(dataset)
+    whole, train = (np.percentile(x.astype(np.float64), 99.7) for x in (dataset.trajectories, dataset.part("train")))
+    fading = (dataset.trajectories[:, -1, 1] < FADING_BELOW).mean()
     lines += [
         "",
         "| | this file | course's file |",

@@ -61,7 +61,9 @@ def read_json(path: str | os.PathLike) -> object:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again"
+        ) from None
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from m2helpers.files import UserError
+from .files import UserError
 
 
 def meta_model(config: object) -> torch.nn.Module:

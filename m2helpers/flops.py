@@ -53,7 +53,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from m2helpers.architecture import (
+from .architecture import (
     QWEN_05B,
     Size,
     check_sizes,
@@ -63,8 +63,8 @@ from m2helpers.architecture import (
     lora_targets,
     within,
 )
-from m2helpers.backward import lora_backward_flops, lora_backward_matmuls
-from m2helpers.files import UserError
+from .backward import lora_backward_flops, lora_backward_matmuls
+from .files import UserError
 
 __all__ = [
     "CAP",
@@ -283,7 +283,7 @@ def count_parameters(
     if is_qwen2(config):
         base, branches = count_qwen2_parameters(config, lora_r, target_modules)
         return base, branches + head_bias * Size.of(config).vocab
-    from m2helpers import flopcounter
+    from . import flopcounter
 
     shapes = flopcounter.lora_shapes(config, target_modules) if lora_r else {}
     return flopcounter.count_parameters(config), lora_r * sum(map(sum, shapes.values())) + head_bias * config.vocab_size
@@ -318,7 +318,7 @@ def _counted_account(
     positions: int,
 ) -> Account:
     """The account of any other architecture: measured products, LoRA's from the shapes of the matrices it adapts."""
-    from m2helpers import flopcounter
+    from . import flopcounter
 
     head, matmuls = flopcounter.count_forward(config, batch_size, length, past)
     tokens = within("vocabulary", vocabulary, config.vocab_size)

@@ -80,14 +80,18 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     try:
         architectures = AutoConfig.from_pretrained(folder).architectures or [""]
         if not architectures[0].endswith("ForCausalLM"):
-            raise UserError(f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text")
+            raise UserError(
+                f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
+            )
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name}: cannot be loaded from {folder} ({_first_line(error)}); fetch or copy the model again") from error
+        raise UserError(
+            f"{name}: cannot be loaded from {folder} ({_first_line(error)}); fetch or copy the model again"
+        ) from error
     if head_bias:
         add_head_bias(model)
     model.generation_config.do_sample = False
@@ -138,7 +142,9 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {symbol: index for index, symbol in enumerate([*symbols, *SPECIAL_TOKENS])}
-    special = dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:]))
+    special = dict(
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:])
+    )
     return Qwen2Tokenizer(vocab=vocab, merges=[], **special)
 
 
@@ -148,7 +154,9 @@ def _find_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder")
+        raise UserError(
+            f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder"
+        )
     patterns = ["*.json", "*.safetensors", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))

@@ -70,7 +70,12 @@ class PretrainSettings:
 
 
 def pretrain(
-    settings: PretrainSettings, output_dir: Path, *, stop_after: float | None = None, resume: bool = False, architecture: dict | None = None
+    settings: PretrainSettings,
+    output_dir: Path,
+    *,
+    stop_after: float | None = None,
+    resume: bool = False,
+    architecture: dict | None = None,
 ) -> dict:
     """Train the embedded base and write it to `output_dir` in hub format, with tokenizer, record and model card.
 
@@ -97,7 +102,11 @@ def pretrain(
     output_dir = Path(output_dir)
     state_path = output_dir / "state.safetensors"
     if resume != state_path.exists():
-        remedy = "nothing to resume, leave --resume out" if resume else "holds a run that was stopped; add --resume or delete it"
+        remedy = (
+            "nothing to resume, leave --resume out"
+            if resume
+            else "holds a run that was stopped; add --resume or delete it"
+        )
         raise UserError(f"{state_path}: {remedy}")
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +122,9 @@ def pretrain(
         record = load_state(state_path, parameters, optimizer)
         if record["settings"] != asdict(settings):
             changed = [k for k, v in asdict(settings).items() if record["settings"].get(k) != v]
-            raise UserError(f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume")
+            raise UserError(
+                f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
+            )
 
     started, before, losses = time.monotonic(), record["seconds"], []
     bar = tqdm(total=settings.max_steps, initial=record["step"], desc="pre-training", unit="step", mininterval=1)
@@ -137,7 +148,11 @@ def pretrain(
         if record["step"] % settings.eval_steps == 0 or last:
             by_family = _validate(model, tokenizer, settings, device)
             record["loss_by_family"] = by_family
-            row = {"step": record["step"], "loss": float(np.mean(losses)), "val_loss": float(np.mean(list(by_family.values())))}
+            row = {
+                "step": record["step"],
+                "loss": float(np.mean(losses)),
+                "val_loss": float(np.mean(list(by_family.values()))),
+            }
             record["history"].append(row | {"learning_rate": settings.rate(step), "tokens_per_second": speed})
             bar.write(f"step {row['step']}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
             losses = []
@@ -182,7 +197,9 @@ def _batch(settings: PretrainSettings, step: int, tokenizer) -> tuple[np.ndarray
 
 def _loss(model, batch: tuple[np.ndarray, np.ndarray], device) -> torch.Tensor:
     ids, mask = (torch.from_numpy(a).to(device) for a in batch)  # (batch, length)
-    logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits[:, :-1]  # (batch, length - 1, vocab)
+    logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits[
+        :, :-1
+    ]  # (batch, length - 1, vocab)
     labels = ids[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
@@ -193,7 +210,9 @@ def _validate(model, tokenizer, settings: PretrainSettings, device) -> dict[str,
     model.eval()
     losses = {}
     for number, name in enumerate(FAMILIES):
-        texts = draw_texts([VALIDATION_SEED, number], settings.batch_size, settings.max_length, family=name, precision=2)
+        texts = draw_texts(
+            [VALIDATION_SEED, number], settings.batch_size, settings.max_length, family=name, precision=2
+        )
         losses[name] = _loss(model, left_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id), device).item()
     model.train(was_training)
     return losses
@@ -216,7 +235,9 @@ def _account(settings: PretrainSettings, model) -> dict:
 def model_card(record: dict) -> str:
     """The card that goes with the weights, every figure from the run's record."""
     settings, config = record["settings"], embedded_config()
-    families = "\n".join(f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items()))
+    families = "\n".join(
+        f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items())
+    )
     return f"""---
 license: mit
 library_name: transformers

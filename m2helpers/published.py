@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from m2helpers.architecture import QWEN_05B
-from m2helpers.flops import forward_account
+from .architecture import QWEN_05B
+from .flops import forward_account
 
 PUBLISHED_STEPS = (8.00e12, 7.04e12, 6.76e12, 5.94e12)  # FLOPs a training step
 ATTENTION = ("attention scores", "scale and mask", "softmax", "attention values")

@@ -15,7 +15,9 @@ from .files import UserError, atomic_path
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_state(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, record: dict) -> None:
+def save_state(
+    path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, record: dict
+) -> None:
     """Write everything the next step depends on to one safetensors file, all of it or nothing.
 
     Parameters
@@ -60,7 +62,9 @@ def load_state(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: to
     with safe_open(path, framework="pt") as stream:
         saved = set(stream.keys())
         if {key.removeprefix("weight.") for key in saved if key.startswith("weight.")} != set(parameters):
-            raise UserError(f"{path}: belongs to a run with other trained parameters; give that run's settings or another folder")
+            raise UserError(
+                f"{path}: belongs to a run with other trained parameters; give that run's settings or another folder"
+            )
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(stream.get_tensor(f"weight.{name}"))

@@ -124,7 +124,10 @@ class Codec:
         """
         digits = rf"-?(?:0|[1-9]\d{{0,{self.max_integer_digits - 1}}})"
         number = digits + (rf"\.\d{{{self.precision}}}" if self.precision else "")
-        step = re.compile(re.escape(self.variable_separator).join([f"({number})"] * n_variables) + re.escape(self.step_separator), re.ASCII)
+        step = re.compile(
+            re.escape(self.variable_separator).join([f"({number})"] * n_variables) + re.escape(self.step_separator),
+            re.ASCII,
+        )
         rows, stop = [], 0
         while match := step.match(text, stop):
             rows.append([float(group) for group in match.groups()])
@@ -143,7 +146,9 @@ def fit_scale(values: np.ndarray) -> float:
     """
     top = float(np.percentile(np.abs(values), SCALE_PERCENTILE))
     if not (np.isfinite(top) and top > 0):
-        raise UserError(f"the {SCALE_PERCENTILE}th percentile of the values is {top:g}: nothing to scale by; check the series")
+        raise UserError(
+            f"the {SCALE_PERCENTILE}th percentile of the values is {top:g}: nothing to scale by; check the series"
+        )
     return SCALE_TARGET / top
 
 

@@ -265,6 +265,15 @@ def test_generation_is_a_prefill_and_one_pass_a_further_token():
         assert generation_flops(QWEN_05B, 2, 30, new_tokens, **settings) == total
 
 
+def test_a_cached_token_attends_to_everything_before_it():
+    parts = forward_account(TINY, 1, 1, past=4).components  # one token, 2 heads, 5 keys
+    assert parts["attention scores"] == 2 * 5 * (2 + 1)
+    assert parts["scale and mask"] == 2 * 5 * 2
+    assert parts["softmax"] == 2 * (5 + 50 + 4 + 5)
+    assert parts["attention values"] == 2 * 2 * (5 + 4)
+    assert parts["q_proj"] == 4 * 7 + 4  # of one token only
+
+
 def test_merged_adapter_costs_nothing_and_branch_does():
     merged, branch = (forward_account(QWEN_05B, 1, 100, lora_r=r) for r in (0, 8))
     assert "lora" not in merged.components
