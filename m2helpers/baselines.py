@@ -38,7 +38,7 @@ _STARTS_H = (0.02, 0.07, 0.15)  # values of h that integral matching starts from
 _STARTS_KEPT = 3
 _RELATIVE_TOLERANCE = 1e-4  # of the sum of squares: tighter changes no forecast in the third digit
 _HUGE = 1e9  # stands for a residual that overflowed
-_DIFFERENCE = 1e-6  # finite-difference step, in standard deviations
+_DIFFERENCE = 1e-5  # finite-difference step, in standard deviations
 
 # Part of the cache's fingerprint: raise it whenever a baseline's numbers change.
 _VERSION = 1
@@ -54,7 +54,7 @@ def last_value(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
     steps : int
         Steps to forecast.
     dt : float
-        Time between two steps (unused; every baseline has the same signature).
+        Time between two steps (unused here; every baseline has the same signature).
 
     Returns
     -------
@@ -72,18 +72,7 @@ def vector_autoregression(context: np.ndarray, steps: int, dt: float) -> np.ndar
     is held within a factor of two of the context's own range, since an unstable fit would otherwise explode.
     With fewer than 5 steps (of two variables), or a constant variable, the forecast is the last value.
 
-    Parameters
-    ----------
-    context : array (n, v)
-        Observed populations, oldest first.
-    steps : int
-        Steps to forecast.
-    dt : float
-        Time between two steps (unused).
-
-    Returns
-    -------
-    array (steps, v), float64
+    Parameters and result, context (n, v) to forecast (steps, v), are those of `last_value`.
     """
     # Slow to import (over a second), and only this function needs it.
     from statsmodels.tsa.api import VAR
@@ -175,18 +164,8 @@ def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
     three values of h, the linear least-squares solution of the equations integrated from step to step (integral
     matching); the best of them are refined in turn until one fits within the noise, three at most.
 
-    Parameters
-    ----------
-    context : array (n, 2)
-        Observed populations (prey, predator), oldest first.
-    steps : int
-        Steps to forecast.
-    dt : float
-        Time between two steps, in the unit of the rates.
-
-    Returns
-    -------
-    array (steps, 2), float64
+    Parameters and result, context (n, 2) to forecast (steps, 2), are those of `last_value`; `dt` is in the time unit
+    of the rates.
 
     Raises
     ------
@@ -220,9 +199,7 @@ def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
         fit = _minimise(residuals, starts[:, column])
         if best is None or fit.cost < best.cost:
             best = fit
-        if (
-            best.cost < n
-        ):  # half a squared residual per value, or less: within the noise, so further starts gain nothing
+        if best.cost < n:  # the mean squared residual is within the noise: no other start can do much better
             break
     forecast = trajectories(best.x[:, None], n + steps)[n:, :, 0]
     return forecast if np.all(np.isfinite(forecast)) else last_value(context, steps, dt)
@@ -259,30 +236,23 @@ def _integral_matching(context: np.ndarray, dt: float, h: float) -> np.ndarray:
     x, y = np.maximum(context, _FLOOR).T
     r, capacity, a, _, e, d = np.exp(_PRIOR_MEAN)
 
-    def solve(columns: list[np.ndarray], target: np.ndarray, weight: np.ndarray, prior: np.ndarray) -> np.ndarray:
-        design = np.concatenate([np.stack(columns, axis=1) * weight[:, None], np.diag(0.3 / prior)])
-        solution = np.linalg.lstsq(design, np.concatenate([target * weight, np.full(len(prior), 0.3)]), rcond=None)[0]
-        return np.clip(solution, prior / 10, prior * 10)
-
     def area(values: np.ndarray) -> np.ndarray:  # (n,) -> (n - 1,)
         areas = (values[1:] + values[:-1]) / 2
         areas[1:-1] += (values[1:-2] + values[2:-1] - values[:-3] - values[3:]) / 24
         return dt * areas
 
-    ones = np.full(len(x) - 1, dt)
-    # A difference of logs is as uncertain as noise / population: weight by the smaller end, in units of noise 0.05.
-    growth, crowding, a = solve(
-        [ones, -area(x), -area(y / (1 + h * x))],
-        np.diff(np.log(x)),
-        np.minimum(x[1:], x[:-1]) / 0.05,
-        np.array([r, r / capacity, a]),
-    )
-    conversion, d = solve(
-        [area(x / (1 + h * x)), -ones],
-        np.diff(np.log(y)),
-        np.minimum(y[1:], y[:-1]) / 0.05,
-        np.array([e * a, d]),
-    )
+    def solve(population: np.ndarray, columns: list[np.ndarray], prior: np.ndarray) -> np.ndarray:
+        # A difference of logs is as uncertain as noise / population, so the smaller end is its weight (noise 0.05: the
+        # integrals are not exact); the prior weighs 0.3 of such a row.
+        weight = np.minimum(population[1:], population[:-1]) / 0.05
+        design = np.concatenate([np.stack(columns, axis=1) * weight[:, None], np.diag(0.3 / prior)])
+        target = np.concatenate([np.diff(np.log(population)) * weight, np.full(len(prior), 0.3)])
+        return np.clip(np.linalg.lstsq(design, target, rcond=None)[0], prior / 10, prior * 10)
+
+    elapsed = np.full(len(x) - 1, dt)
+    response = 1 / (1 + h * x)
+    growth, crowding, a = solve(x, [elapsed, -area(x), -area(y * response)], np.array([r, r / capacity, a]))
+    conversion, d = solve(y, [area(x * response), -elapsed], np.array([e * a, d]))
     return np.array([growth, growth / crowding, a, h, conversion / a, d])
 
 

@@ -253,7 +253,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _open_hdf5(path: Path) -> h5py.File:
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: no such file; check the name, or make one: python -m m2helpers simulate --out {path}")
     try:
         return h5py.File(path, "r")

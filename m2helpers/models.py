@@ -98,6 +98,11 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
 
 
+def load_config(name: str):
+    """The configuration of a base, without its weights (see `load_base` for names and errors)."""
+    return AutoConfig.from_pretrained(_find_folder(name))
+
+
 def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:
     """Give the LM head a bias, zero at first, so that the output is unchanged; return the same model.
 

@@ -37,8 +37,8 @@ class TrainSettings(LoraSettings):
     """Optimizer steps."""
     max_length: int = 512
     """Tokens of the longest window."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises; then it falls to zero along a cosine."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises; then it falls to zero along a cosine."""
     weight_decay: float = 0.0
     """AdamW's."""
     max_grad_norm: float = 1.0
@@ -60,16 +60,13 @@ class TrainSettings(LoraSettings):
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
-        if self.warmup_steps >= self.max_steps:
-            raise UserError(
-                f"warmup_steps {self.warmup_steps} leaves nothing of max_steps {self.max_steps}: make it smaller"
-            )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+        warmup = max(1, round(self.warmup_ratio * self.max_steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.max_steps - warmup)
         return self.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))
 
 

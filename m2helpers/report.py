@@ -1,0 +1,183 @@
+"""The report's records: results by stage, the published figures beside them, and the blocks of text they fill.
+
+No figure that a run could produce is typed into a page: pages hold marked blocks, and `fill_blocks` writes them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .data import DATA_FILE, load_dataset, statistics_table
+from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
+from .files import UserError, read_json, write_text
+from .models import checkpoint_folder
+from .text import Codec, fit_scale
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE_CACHE = ROOT / "data" / "baselines"
+STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final"}
+
+# Qwen2.5-0.5B-Instruct on the course's own data file: P5 (MAE, MSE) by context, as published in a write-up of the course
+# this project follows. They were not measured here and stand beside our rows for comparison only.
+PUBLISHED_SOURCE = "Qwen2.5-0.5B, published (course's file, not run here)"
+PUBLISHED = {
+    "untrained": {128: (0.3427, 0.5510), 512: (0.1509, 0.1048), 768: (0.1167, 0.0700)},
+    "initial": {128: (0.1746, 0.1356), 512: (0.0834, 0.0362), 768: (0.0651, 0.0297)},
+    "final": {128: (0.0726, 0.0263), 512: (0.0240, 0.0028), 768: (0.0191, 0.0020)},
+}
+PUBLISHED_L50 = {
+    "one write-up: 49 of 50 parsed": {"overall": 0.203, "prey": 0.217, "predator": 0.189},
+    "the same author's final run": {"overall": 0.974},
+}
+
+
+def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
+    """Recorded results of each stage of a base, one a context: ``untrained``, ``initial``, ``final``, as far as they exist.
+
+    Parameters
+    ----------
+    base : str
+        Name of the base; its records are in ``checkpoint/<base>/``.
+    """
+    results = {}
+    for stage, folder in STAGE_FOLDERS.items():
+        path = checkpoint_folder(base) / folder / "metrics.json"
+        if path.is_file():
+            rows = [row for row in from_json(read_json(path)) if row.protocol == protocol]
+            results[stage] = sorted(rows, key=lambda row: row.context)
+    return results
+
+
+def baseline_results(protocol: str = "P5", split: str = "test", data: Path = DATA_FILE) -> dict[str, list[Result]]:
+    """Results of the baselines, one a context, from the cache of their forecasts where it holds them."""
+    dataset = load_dataset(data)
+    codec = Codec(fit_scale(dataset.part("train")))
+    results: dict[str, list[Result]] = {}
+    for row in evaluate_baselines(dataset, codec, protocol, split=split, cache=BASELINE_CACHE):
+        results.setdefault(row.model, []).append(row)
+    return results
+
+
+def results_table(results: Mapping[str, Sequence[Result]], reference: str | None = "untrained") -> pd.DataFrame:
+    """One row a model and context: errors, interval, valid windows, change against a reference on windows both got valid.
+
+    Parameters
+    ----------
+    results : mapping
+        Label → results.
+    reference : str, optional
+        Label that changes are counted from.
+    """
+    rows = []
+    for label, measured in results.items():
+        for result in measured:
+            row = {"model": label, "protocol": result.protocol, "context": result.context}
+            row |= {"MAE": result.mae, "95 % interval": _interval(result), "MSE": result.mse, "RMSE": result.rmse}
+            if result.mae_per_variable is not None and len(result.mae_per_variable) == 2:
+                row |= dict(zip(("MAE prey", "MAE predator"), result.mae_per_variable, strict=True))
+            row["valid"] = f"{result.n_valid} of {result.n}"
+            against = {r.context: r for r in results.get(reference, [])}.get(result.context)
+            if against is not None and against is not result and result.mae is not None:
+                change, low, high = paired_change(result, against)
+                row[f"change against {reference}"] = f"{change:+.0f} % ({low:+.0f} to {high:+.0f})"
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def published_table() -> pd.DataFrame:
+    """The published Qwen2.5-0.5B figures (P5), one row a stage and context."""
+    return pd.DataFrame(
+        {"model": stage, "context": context, "MAE": mae, "MSE": mse}
+        for stage, by_context in PUBLISHED.items()
+        for context, (mae, mse) in by_context.items()
+    )
+
+
+def headline_table(base: str = "embedded") -> str:
+    """The front page's table in Markdown: P5 error by stage and context, ours with intervals beside the published."""
+    ours, baselines = stage_results(base), baseline_results()
+    lines = [
+        f"| P5 mean absolute error (population units) | {' | '.join(f'S = {s}' for s in P5_CONTEXTS)} |",
+        f"|---|{'---|' * len(P5_CONTEXTS)}",
+    ]
+    for stage, rows in ours.items():
+        cells = [f"**{row.mae:.4f}** ({row.ci_mae[0]:.4f}–{row.ci_mae[1]:.4f})" for row in rows]
+        lines.append(f"| {base} base, {stage} | {' | '.join(cells)} |")
+    for stage, by_context in PUBLISHED.items():
+        lines.append(
+            f"| *{PUBLISHED_SOURCE}, {stage}* | {' | '.join(f'*{mae:.4f}*' for mae, _ in by_context.values())} |"
+        )
+    for name, rows in baselines.items():
+        lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
+    seeds = {row.seed for rows in ours.values() for row in rows if row.seed is not None}
+    valid = sum(row.n_valid for rows in ours.values() for row in rows)
+    total = sum(row.n for rows in ours.values() for row in rows)
+    lines += [
+        "",
+        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, {len(seeds)} training seed; "
+        f"{valid:,} of {total:,} forecasts of ours parsed whole and count.",
+    ]
+    return "\n".join(lines)
+
+
+def costs_table() -> str:
+    """Time and memory of each notebook in Markdown, from the record that refreshing them writes."""
+    path = ROOT / "docs" / "notebook_costs.json"
+    rows = read_json(path)["notebooks"] if path.is_file() else []
+    lines = ["| notebook | time (s) | peak memory (MB) |", "|---|---|---|"]
+    lines += [f"| {row['notebook']} | {row['seconds']:.0f} | {row['peak_memory_mb']:.0f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def blocks() -> dict[str, str]:
+    """Every marked block by name."""
+    return {
+        "results": headline_table(),
+        "costs": costs_table(),
+        "data-statistics": statistics_table(load_dataset()),
+    }
+
+
+def fill_blocks(text: str, contents: Mapping[str, str]) -> str:
+    """Replace what stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` by the content of that name.
+
+    Raises
+    ------
+    UserError
+        If a block has no content of its name, or no end.
+    """
+
+    def replace(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in contents:
+            raise UserError(f"block {name!r} has no content: choose from {', '.join(contents)}")
+        return f"<!-- begin: {name} -->\n{contents[name]}\n<!-- end: {name} -->"
+
+    if text.count("<!-- begin: ") != text.count("<!-- end: "):
+        raise UserError("a marked block has no end: add <!-- end: NAME --> after it")
+    return re.sub(r"<!-- begin: ([\w-]+) -->.*?<!-- end: \1 -->", replace, text, flags=re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Every page that may hold marked blocks."""
+    return [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+def fill_pages() -> list[Path]:
+    """Fill the blocks of every page; return those that changed."""
+    contents, changed = blocks(), []
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = fill_blocks(before, contents)
+        if after != before:
+            write_text(page, after)
+            changed.append(page)
+    return changed
+
+
+def _interval(result: Result) -> str:
+    return "" if result.ci_mae is None else f"{result.ci_mae[0]:.4f}–{result.ci_mae[1]:.4f}"
