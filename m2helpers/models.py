@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 
@@ -19,6 +21,7 @@ from .files import UserError, sha256_file
 
 EMBEDDED = "embedded"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
+transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -72,9 +75,9 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     """
     name = name or default_model()
     folder = _find_folder(name)
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("model*.safetensors"))  # not a training state or an adapter beside them
     if not (folder / "config.json").is_file() or not weights:
-        missing = "config.json" if weights else "*.safetensors weights"
+        missing = "config.json" if weights else "model*.safetensors weights"
         raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -84,9 +87,13 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
                 f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
             )
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers would draw them at random and go on
+            raise ValueError(f"the weights lack {min(report['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -164,9 +171,11 @@ def _find_folder(name: str) -> Path:
         )
     patterns = ["*.json", "*.safetensors", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except OSError:
-        pass  # not in the cache yet
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if any(folder.glob("model*.safetensors")):  # a cache can hold a config or a tokenizer alone
+            return folder
+    except (OSError, ValueError):
+        pass  # not in the cache yet, or no name that a hub could know: the next error says which
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: no network, no such repository, a gated one

@@ -34,7 +34,7 @@ VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
 class PretrainSettings:
     """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
 
-    tokens: int = 14_000_000
+    tokens: int = 8_500_000
     """Length of the schedule: tokens seen in all."""
     batch_size: int = 4
     """Texts a step."""

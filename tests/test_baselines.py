@@ -1,7 +1,5 @@
 """Each baseline on a series whose continuation is known, and the cache that keeps their forecasts."""
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -17,7 +15,7 @@ R, K, A, H, E, D = PARAMETERS = (0.22, 9.0, 0.33, 0.10, 0.52, 0.21)
 
 
 def reference(steps: int, parameters=PARAMETERS, start=(1.1, 0.9)) -> np.ndarray:
-    """A predator-prey trajectory (steps, 2) by scipy, in populations: another solver and another form of the equations."""
+    """A predator-prey trajectory (steps, 2) by scipy, in populations: another solver, another form."""
     r, k, a, h, e, d = parameters
 
     def slope(_time, state):
@@ -219,9 +217,3 @@ def test_progress_is_shown_only_when_asked_for(cases, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     run_baselines(cases, DT, tmp_path, "loud", progress=True)
     assert "baselines" in capsys.readouterr().err
-
-
-def test_importing_needs_neither_torch_nor_statsmodels():
-    code = "import sys, m2helpers.baselines; print([name for name in ('torch', 'statsmodels') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
