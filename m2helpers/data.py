@@ -49,17 +49,17 @@ class SimulatorSettings:
     t_max: float = 200.0  # time of the last observation
     seed: int = 42  # of the parameter draw
     classic: bool = False  # classic Lotka-Volterra: K -> infinity and h -> 0, so that orbits never damp
-    r: tuple[float, float] = (0.11, 0.30)  # growth rate of the prey, per unit of time
+    r: tuple[float, float] = (0.105, 0.295)  # growth rate of the prey, per unit of time
     K: tuple[float, float] = (5.0, 16.0)  # carrying capacity of the prey
     a: tuple[float, float] = (0.21, 0.49)  # attack rate of the predator
     h: tuple[float, float] = (0.0, 0.18)  # saturation of the predator (Holling II: attack rate x handling time)
     e: tuple[float, float] = (0.30, 0.70)  # predators gained per prey eaten
-    d: tuple[float, float] = (0.10, 0.30)  # death rate of the predator, per unit of time
+    d: tuple[float, float] = (0.11, 0.31)  # death rate of the predator, per unit of time
     x0: tuple[float, float] = (0.8, 1.2)  # prey at time 0
     y0: tuple[float, float] = (0.8, 1.2)  # predators at time 0
-    correlation_r_a: float = -0.6  # slow breeders are attacked more
-    correlation_e_d: float = -0.4  # efficient predators live longer
-    correlation_a_h: float = -0.3  # eager attackers saturate less
+    correlation_r_a: float = -0.5  # fast breeders are attacked less
+    correlation_e_d: float = -0.5  # efficient predators live longer
+    correlation_a_h: float = -0.2  # eager attackers saturate less
 
     def __post_init__(self) -> None:
         if self.systems < 1 or self.steps < 2 or not 0 < self.t_max < np.inf:

@@ -289,17 +289,20 @@ def paired_change(result: Result, reference: Result) -> tuple[float, float, floa
     Raises
     ------
     UserError
-        If the two were not measured on the same windows.
+        If the two were not measured on the same windows, or have no valid one in common.
     """
-    if result.series != reference.series or result.data_sha256 != reference.data_sha256:
+    same = ("protocol", "split", "context", "series", "data_sha256")
+    if any(getattr(result, name) != getattr(reference, name) for name in same):
         raise UserError(
-            f"{result.model} and {reference.model} were measured on different windows: evaluate both on the same data and split"
+            f"{result.model} and {reference.model} were measured on different windows: evaluate both on the same data, split and protocol"
         )
     rows = [
         (a, b, s)
         for a, b, s in zip(result.window_mae, reference.window_mae, result.series, strict=True)
         if a is not None and b is not None
     ]
+    if not rows:
+        raise UserError(f"{result.model} and {reference.model}: no window where both gave a valid forecast to compare")
     ours, theirs, series = (np.array(column) for column in zip(*rows, strict=True))
     level = theirs.mean()
     low, high = bootstrap(list(ours - theirs), list(series))

@@ -54,13 +54,13 @@ def read_json(path: str | os.PathLike) -> object:
     Raises
     ------
     UserError
-        If the file is missing or is not JSON.
+        If the file is missing, cannot be read or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the name") from None
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(
             f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again"
         ) from None

@@ -163,8 +163,8 @@ def forecast(base: Base, codec: Codec, series: Sequence[np.ndarray], steps: int,
     -------
     list of Forecast
     """
+    contexts = [codec.encode(values) for values in series]  # refuses a wrong shape
     n_variables = np.shape(series[0])[1]
-    contexts = [codec.encode(values) for values in series]
     forecasts = []
     for result in generate(base, codec, contexts, steps, n_variables, **options):
         values, _ = codec.decode(result.text, n_variables)

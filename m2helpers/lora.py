@@ -199,9 +199,17 @@ def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None)
     """
     folder = Path(folder)
     config, path = read_json(folder / CONFIG_NAME), folder / WEIGHTS_NAME
-    settings = LoraSettings(
-        config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"]))
-    )
+    try:
+        settings = LoraSettings(
+            config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"]))
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: not a LoRA adapter's settings ({error}); train or copy the run again"
+        ) from None
+    for option in ("use_rslora", "alpha_pattern"):  # peft's, and invisible in the weights: they change the scaling
+        if config.get(option):
+            raise UserError(f"{folder / CONFIG_NAME}: {option} is not supported here; load this adapter with peft")
     made_for = _metadata(path).get("base_sha256")
     if base_sha256 and made_for and made_for != base_sha256:
         raise UserError(

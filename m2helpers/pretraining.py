@@ -108,6 +108,8 @@ def pretrain(
             else "holds a run that was stopped; add --resume or delete it"
         )
         raise UserError(f"{state_path}: {remedy}")
+    if not resume and (output_dir / "config.json").exists():
+        raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen2ForCausalLM(embedded_config(**(architecture or {}))).to(device).train()
@@ -126,7 +128,8 @@ def pretrain(
                 f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
             )
 
-    started, before, losses = time.monotonic(), record["seconds"], []
+    started, before = time.monotonic(), record["seconds"]
+    losses = record.setdefault("losses", [])  # since the last validation
     bar = tqdm(total=settings.max_steps, initial=record["step"], desc="pre-training", unit="step", mininterval=1)
     while record["step"] < settings.max_steps:
         step = record["step"]
@@ -155,13 +158,14 @@ def pretrain(
             }
             record["history"].append(row | {"learning_rate": settings.rate(step), "tokens_per_second": speed})
             bar.write(f"step {row['step']}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
-            losses = []
+            losses.clear()
         if record["step"] % settings.save_steps == 0 or last or out_of_time:
             save_state(state_path, parameters, optimizer, record)
         if out_of_time and not last:
             bar.close()
             return record
     bar.close()
+    del record["losses"]  # empty by now
     record |= _account(settings, model)
     model.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

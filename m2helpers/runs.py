@@ -19,7 +19,6 @@ from .data import Dataset
 from .files import UserError, read_json, sha256_json, write_text
 from .lora import LoraSettings, load_adapter, merge, parameter_report
 from .models import Base, load_base
-from .state import read_record
 from .text import Codec
 
 STATE_NAME = "state.safetensors"
@@ -55,9 +54,13 @@ class TrainSettings(LoraSettings):
     """Decimals of the text."""
 
     def __post_init__(self):
-        for name in ("batch_size", "max_steps", "max_length", "eval_steps", "eval_windows", "save_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
 
@@ -108,6 +111,8 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     config = read_json(folder / "config.json")
     if (folder / STATE_NAME).exists():
         raise UserError(f"{folder}: this run is not finished; go on with 'train --resume --output-dir {folder}'")
+    if not (folder / "history.csv").exists():
+        raise UserError(f"{folder}: this run was stopped before its first save; train it again")
     base = load_base(config["base"])
     load_adapter(base.model, folder, base.sha256)
     if merged:
@@ -146,13 +151,14 @@ def check_folder(folder: Path | None, config: dict, resume: bool) -> None:
         return
     state = folder / STATE_NAME
     if resume:
-        read_record(state)
+        if not state.exists():
+            raise UserError(f"{folder}: nothing to resume (no {STATE_NAME}); leave --resume out to start the run")
         before = read_json(folder / "config.json")
         if before["settings_sha256"] != config["settings_sha256"]:
             raise UserError(f"{folder}: was started with other settings, data or base; give the same ones to resume")
     elif state.exists():
         raise UserError(f"{folder}: holds a run that was stopped; add --resume to go on with it, or delete it")
-    elif (folder / "config.json").exists():
+    elif (folder / "history.csv").exists():  # without it, the run was stopped before its first save: nothing is lost
         raise UserError(f"{folder}: holds a finished run; choose another folder or delete it")
 
 

@@ -70,5 +70,7 @@ def load_state(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: to
                 p.copy_(stream.get_tensor(f"weight.{name}"))
             state = {m: stream.get_tensor(f"{m}.{name}") for m in MOMENTS if f"{m}.{name}" in saved}
             if state:
-                optimizer.state[p] = {m: v if m == "step" else v.to(p.device) for m, v in state.items()}
+                # The fused AdamW keeps its step count beside the weights, the others on the CPU.
+                there = p.device if optimizer.defaults["fused"] else "cpu"
+                optimizer.state[p] = {m: v.to(there if m == "step" else p.device) for m, v in state.items()}
     return record

@@ -168,17 +168,26 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     Raises
     ------
     UserError
-        If the tokenizer merges characters (as digit-merging vocabularies do) or adds its own.
+        If the tokenizer merges characters (as digit-merging vocabularies do), adds its own, or does not know one.
     """
     if not len(texts):
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    pairs: set[tuple[str, int]] = set()
     for text, ids in zip(texts, encoded, strict=True):
         if len(ids) != len(text):
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} writes {text[:12]!r}… as {len(ids)} tokens, "
+                f"tokenizer {name!r} writes {text[:12]!r}… as {len(ids)} tokens, "
                 f"not {len(text)}: it merges characters; use a base whose tokenizer splits digits, such as Qwen2.5"
             )
+        pairs.update(zip(text, ids, strict=True))
+    characters, tokens = (set(column) for column in zip(*pairs, strict=True)) if pairs else (set(), set())
+    if not len(pairs) == len(characters) == len(tokens) or tokenizer.unk_token_id in tokens:
+        raise UserError(
+            f"tokenizer {name!r} does not give each character of numeric text a token of its own; "
+            "use a base whose tokenizer splits digits, such as Qwen2.5"
+        )
     return [np.array(ids, dtype=np.int64) for ids in encoded]
 
 

@@ -6,8 +6,9 @@ machine, and a run that was stopped goes on as if it had not been.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import Dataset
-from .files import write_json
+from .files import UserError, write_json
 from .flops import forward_account
 from .lora import WEIGHTS_NAME, apply_lora, load_weights, save_adapter, trainable_parameters
 from .models import Base
@@ -69,7 +70,7 @@ def train_lora(
     Raises
     ------
     UserError
-        If the folder holds a run already, or nothing to resume, or a run with other settings.
+        If the folder holds a run already, or nothing to resume, or a run with other settings; or the loss diverges.
     """
     folder = Path(output_dir) if output_dir is not None else None
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
@@ -84,7 +85,8 @@ def train_lora(
     model = apply_lora(base.model, settings)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    record = {"step": 0, "flops": 0, "history": [], "best": None}
+    record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": []}  # losses since the last validation
+    cost = _forward_flops(base, settings)
     if resume:
         record = load_state(folder / STATE_NAME, parameters, optimizer)
     elif folder:
@@ -93,7 +95,7 @@ def train_lora(
     if record["best"] is not None:
         load_weights(best, folder / WEIGHTS_NAME)
 
-    started, tokens, losses = time.monotonic(), 0, []
+    started, tokens = time.monotonic(), 0
     bar = tqdm(
         total=settings.max_steps,
         initial=record["step"],
@@ -113,25 +115,29 @@ def train_lora(
         nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        record["losses"].append(loss.item())
+        if not math.isfinite(record["losses"][-1]):
+            raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
         tokens += shape[0] * shape[1]
-        record["flops"] += 3 * _forward_flops(base, settings, shape)
+        record["flops"] += 3 * cost(shape)
         record["step"] = step + 1
         speed = tokens / (time.monotonic() - started)
         bar.update()
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs", refresh=False)
+        bar.set_postfix_str(
+            f"loss {record['losses'][-1]:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs", refresh=False
+        )
         last = record["step"] == settings.max_steps
         if record["step"] % settings.eval_steps == 0 or last:
-            val_loss, spent = _validate(base, settings, validation)
+            val_loss, spent = _validate(base, settings, validation, cost)
             record["flops"] += spent
             row = {
                 "step": record["step"],
-                "loss": float(np.mean(losses)),
+                "loss": float(np.mean(record["losses"])),
                 "val_loss": val_loss,
                 "learning_rate": settings.rate(step),
             }
             record["history"].append(row | {"tokens_per_second": round(speed, 1), "flops": record["flops"]})
-            losses = []
+            record["losses"] = []
             if record["best"] is None or val_loss < record["best"]:
                 record["best"] = val_loss
                 best = {name: p.detach().clone() for name, p in parameters.items()}
@@ -149,9 +155,9 @@ def train_lora(
 
 
 def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) -> list[np.ndarray]:
-    """Token ids of consecutive windows, the last of each series as short as it must be."""
+    """Token ids of consecutive windows, the last of each series as short as it must be (one token predicts nothing)."""
     series = tokenise([codec.encode(values) for values in trajectories], base.tokenizer)
-    return [ids[start:stop] for ids in series for start, stop in windows(len(ids), length, length)]
+    return [ids[start:stop] for ids in series for start, stop in windows(len(ids), length, length) if stop - start > 1]
 
 
 def _picks(seed: int, step: int, batch_size: int, n: int) -> list[int]:
@@ -179,7 +185,9 @@ def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[
 
 
 @torch.no_grad()
-def _validate(base: Base, settings: TrainSettings, validation: list[np.ndarray]) -> tuple[float, int]:
+def _validate(
+    base: Base, settings: TrainSettings, validation: list[np.ndarray], cost: Callable[[tuple[int, int]], int]
+) -> tuple[float, int]:
     """Mean loss per token over the validation windows, and what it cost."""
     base.model.eval()
     total, count, flops = 0.0, 0, 0
@@ -189,14 +197,11 @@ def _validate(base: Base, settings: TrainSettings, validation: list[np.ndarray])
         loss, shape = _loss(base, batch)
         n = sum(len(w) - 1 for w in batch)
         total, count = total + loss.item() * n, count + n
-        flops += _forward_flops(base, settings, shape)
+        flops += cost(shape)
     return total / count, flops
 
 
-def _forward_flops(base: Base, settings: TrainSettings, shape: tuple[int, int]) -> int:
-    return _account(base.model, shape, settings.lora_r, settings.target_modules)
-
-
-@lru_cache(maxsize=4096)
-def _account(model, shape: tuple[int, int], lora_r: int, target_modules: tuple[str, ...]) -> int:
-    return forward_account(model.config, *shape, lora_r=lora_r, target_modules=target_modules, loss=True).forward
+def _forward_flops(base: Base, settings: TrainSettings) -> Callable[[tuple[int, int]], int]:
+    """What a forward pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
+    adapted = {"lora_r": settings.lora_r, "target_modules": settings.target_modules}
+    return lru_cache(None)(lambda shape: forward_account(base.model.config, *shape, loss=True, **adapted).forward)

@@ -34,7 +34,7 @@ def test_shipped_file_matches_the_course_statistics(shipped):
     train = shipped.part("train").astype(float)
     assert np.percentile(shipped.trajectories.astype(float), 99.7) == pytest.approx(data.COURSE_P997, rel=0.05)
     assert np.percentile(train, 99.7) == pytest.approx(data.COURSE_P997_TRAIN, rel=0.05)
-    assert 0.01 <= (shipped.trajectories[:, -1, 1] < data.FADING_BELOW).mean() <= 0.03
+    assert 0.005 <= (shipped.trajectories[:, -1, 1] < data.FADING_BELOW).mean() <= 0.03
 
 
 def test_simulator_reproduces_the_shipped_file(shipped):

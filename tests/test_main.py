@@ -1,0 +1,77 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from m2helpers import report
+from m2helpers.__main__ import main
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "small.h5"
+    assert main(["simulate", "--out", str(path), "--systems", "20", "--seed", "1"]) == 0
+    return path
+
+
+def test_simulate_writes_the_schema(data_file):
+    with h5py.File(data_file) as file:
+        assert file["trajectories"].shape == (20, 100, 2)
+        assert file["time"].shape == (100,)
+
+
+def test_encode_writes_one_series_a_line(data_file, tmp_path):
+    assert main(["encode", "--data", str(data_file), "--output-dir", str(tmp_path / "text"), "--precision", "1"]) == 0
+    lines = (tmp_path / "text" / "train.txt").read_text().splitlines()
+    assert len(lines) == 16 and all(line.endswith(";") and line.count(";") == 100 for line in lines)
+    assert json.loads((tmp_path / "text" / "settings.json").read_text())["precision"] == 1
+
+
+def test_flops_of_qwen_needs_no_network(tmp_path):
+    command = "flops --model Qwen/Qwen2.5-0.5B-Instruct --batch-size 4 --length 512 --lora-r 8 --train --json".split()
+    assert main([*command, str(tmp_path / "flops.json")]) == 0
+    report = json.loads((tmp_path / "flops.json").read_text())
+    assert (report["parameters"], report["trainable"]) == (494_032_768, 540_672 + 151_936)
+    assert sum(report["components"].values()) == report["forward"] == report["total"] / 3
+
+
+def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "BASELINE_CACHE", tmp_path / "cache")
+    run, common = tmp_path / "run", ["--data", str(data_file)]
+    settings = (
+        "--stage initial --max-steps 2 --max-length 64 --batch-size 2 --eval-windows 2 --target-modules q_proj,k_proj"
+    )
+    assert main(["train", "--model", str(tiny_folder), "--output-dir", str(run), *common, *settings.split()]) == 0
+    assert json.loads((run / "config.json").read_text())["settings"]["target_modules"] == ["q_proj", "k_proj"]
+
+    metrics = tmp_path / "metrics.json"
+    arguments = ["evaluate", "--run", str(run), "--context", "128", "--split", "validation", "--json", str(metrics)]
+    capsys.readouterr()
+    assert main([*arguments, *common]) == 0
+    (row,) = json.loads(metrics.read_text())
+    assert row["n"] == 8 and row["run"] == str(run)
+    table = capsys.readouterr().out
+    assert "ODE fit" in table and "last value" in table
+
+    series, out = tmp_path / "series.csv", tmp_path / "forecast.csv"
+    pd.DataFrame({"time": range(30), "a": np.sin(np.arange(30)) + 2}).to_csv(series, index=False)
+    assert main(["forecast", str(series), "--model", str(tiny_folder), "--steps", "3", "--out", str(out)]) == 0
+    assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "variable_0"]
+
+
+def test_a_users_mistake_is_one_line_and_status_1(tmp_path, capsys):
+    missing = tmp_path / "missing.h5"
+    assert main(["encode", "--data", str(missing), "--output-dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"m2helpers encode: {missing}: no such file") and message.count("\n") == 1
+
+
+def test_wrong_usage_is_status_2():
+    finished = subprocess.run([sys.executable, "-m", "m2helpers", "forecast"], capture_output=True, text=True)
+    assert finished.returncode == 2 and "required" in finished.stderr
