@@ -334,7 +334,7 @@ def statistics_table(dataset: Dataset) -> str:
         for label, table in (("this file", ours), ("course's file", COURSE_STATISTICS)):
             lines.append(f"| {variable}, {label} | " + " | ".join(f"{x:.3f}" for x in table.loc[variable]) + " |")
         change = ours.loc[variable] / COURSE_STATISTICS.loc[variable] - 1
-        lines.append(f"| {variable}, difference | " + " | ".join(f"{x:+.0%}" for x in change) + " |")
+        lines.append(f"| {variable}, difference | " + " | ".join(f"{x:+.1%}" for x in change) + " |")
     whole, train = (np.percentile(x.astype(np.float64), 99.7) for x in (dataset.trajectories, dataset.part("train")))
     fading = (dataset.trajectories[:, -1, 1] < FADING_BELOW).mean()
     lines += [

@@ -76,6 +76,8 @@ def generate(
     list of Generated
         In the order of the contexts.
     """
+    if n_steps < 1:
+        raise UserError(f"cannot forecast {n_steps} steps: ask for at least 1")
     ids = tokenise(contexts, base.tokenizer)
     if any(len(row) == 0 for row in ids):
         raise UserError("a context is empty: give at least one step")

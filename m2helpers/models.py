@@ -107,7 +107,13 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
 
 def load_config(name: str):
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
-    return AutoConfig.from_pretrained(_find_folder(name))
+    folder = _find_folder(name)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no usable config.json in {folder} ({_first_line(error)}); give a folder in hub format"
+        ) from error
 
 
 def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:

@@ -114,7 +114,7 @@ class Codec:
     def decode(self, text: str, n_variables: int) -> Decoded:
         """Read the whole steps at the start of a text; stop at the first character that breaks the grammar.
 
-        The grammar is exactly what `encode` writes: an optional sign, at most `max_integer_digits` digits without
+        The grammar is what `encode` writes (and ``-0.00``): an optional sign, at most `max_integer_digits` digits without
         leading zeros, `precision` decimals, `n_variables` values a step. A step without its separator is not whole.
 
         Returns

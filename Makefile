@@ -1,0 +1,70 @@
+# make report   the report site, with notebooks executed here      make test   the tests, then the notebooks
+# Everything is installed into .venv beside this file, once. Two variables can be given on the command line:
+#   PYTHON=/path/to/python3.12                            the Python (3.11 or newer) that .venv is made from
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA, a far smaller download on x86 Linux
+
+SHELL := /bin/sh
+PY := .venv/bin/python
+READY := .venv/.installed
+STYLED := m2helpers tests tools notebooks conftest.py docs/conf.py
+SPHINXOPTS ?=
+TORCH_INDEX ?=
+BUILD_SITE = $(PY) -m sphinx -q -b html -d docs/_build/doctrees $(SPHINXOPTS) docs docs/_build/html
+SHOW_SITE = printf '\nThe report: %s\n' "$$PWD/docs/_build/html/index.html"
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: report test notebooks readme lint docs lab clean
+.NOTPARALLEL:
+
+report: $(READY)
+	@rm -rf docs/notebooks
+	@$(PY) tools/notebooks.py --output-dir docs/notebooks
+	@echo 'Building the site'
+	@$(BUILD_SITE)
+	@$(SHOW_SITE)
+
+test: $(READY)
+	$(PY) -m pytest tests
+	$(PY) -m pytest --nbval notebooks
+
+# Executes the notebooks where they are: refreshes the committed outputs and the record of what each one costs.
+notebooks: $(READY)
+	@$(PY) tools/notebooks.py --in-place
+
+readme: $(READY)
+	$(PY) -m m2helpers readme
+
+lint: $(READY)
+	$(PY) -m ruff check $(STYLED)
+	$(PY) -m ruff format --check $(STYLED)
+
+# The site from the notebooks as they are committed; nothing is executed.
+docs: $(READY)
+	@rm -rf docs/notebooks && mkdir docs/notebooks && cp notebooks/*.ipynb docs/notebooks/
+	$(BUILD_SITE)
+	@$(SHOW_SITE)
+
+lab: $(READY)
+	$(PY) -m jupyterlab notebooks
+
+# Removes what was built, and keeps .venv.
+clean:
+	rm -rf docs/_build docs/_autosummary docs/notebooks build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# pip is the last thing that making a .venv writes, so this file says that it is whole.
+.venv/bin/pip:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making .venv with $$("$$python" --version)"; exec "$$python" -m venv .venv; \
+	  fi; \
+	done; \
+	echo 'error: no Python 3.11 or newer with its venv module was found; install one' \
+	     '(Debian and Ubuntu: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3.12' >&2; exit 1
+
+$(READY): requirements.txt pyproject.toml | .venv/bin/pip
+	@echo 'Installing the requirements into .venv (the first time takes some minutes)'
+	@$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r requirements.txt
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(PY) -m ipykernel install --sys-prefix --name m2helpers --display-name "Python 3 (m2helpers)" >/dev/null
+	@touch $@

@@ -1,0 +1,84 @@
+"""Sphinx settings of the report site. Nothing is executed here: the notebooks come with their outputs."""
+
+import os
+from pathlib import Path
+
+import pypandoc
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+
+import m2helpers
+
+# nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
+os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
+
+project = "m2helpers"
+author = "the m2helpers authors"
+copyright = "2026, the m2helpers authors"
+release = version = m2helpers.__version__
+
+extensions = [
+    "myst_parser",
+    "nbsphinx",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build", "_templates", "**.ipynb_checkpoints"]
+templates_path = ["_templates"]
+default_role = "py:obj"
+
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+nbsphinx_execute = "never"
+nbsphinx_requirejs_path = ""  # no page asks another site for anything: the report reads the same offline
+nbsphinx_widgets_path = ""
+
+bibtex_bibfiles = ["refs.bib"]
+bibtex_default_style = "plain"
+bibtex_reference_style = "author_year"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "A language model that forecasts"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .prompt"
+
+
+def _mathml(node: nodes.Element, *, block: bool) -> str:
+    """A formula as MathML, which browsers draw themselves: no script, no other site."""
+    tex = node.astext().strip().strip("$")
+    try:
+        return tex2mathml(tex, as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula %r: %s", tex, error, location=node)
+        return f"<code>{tex}</code>"
+
+
+def _visit_inline(translator, node) -> None:
+    translator.body.append(_mathml(node, block=False))
+    raise nodes.SkipNode
+
+
+def _visit_block(translator, node) -> None:
+    translator.body.append(f'<div class="formula">{_mathml(node, block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app) -> None:
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))

@@ -1,0 +1,60 @@
+"""Fixtures that several test files share: a tiny base model with random weights, and a small dataset."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("M2_MODEL", None)
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import Qwen2ForCausalLM
+
+from m2helpers.data import SimulatorSettings, load_dataset, simulate, write_dataset
+from m2helpers.models import embedded_config, embedded_tokenizer, load_base
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("repeatable")
+
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,  # large, so that what the model writes depends on what it read
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A base model of 20 thousand random weights, in hub format."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(embedded_config(**TINY))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # zero in a new model, which would hide a mistake
+                p.copy_(torch.linspace(-1, 1, p.numel()))
+    model.save_pretrained(folder)
+    embedded_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_folder):
+    """Makes a fresh tiny base at each call."""
+    return lambda **options: load_base(str(tiny_folder), **options)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Twelve simulated systems of 20 steps, read from a file in the course's schema."""
+    path = tmp_path_factory.mktemp("data") / "small.h5"
+    settings = SimulatorSettings(systems=12, steps=20, t_max=40.0)
+    time, trajectories, _ = simulate(settings)
+    write_dataset(path, time, trajectories, settings)
+    return load_dataset(path)

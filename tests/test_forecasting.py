@@ -1,0 +1,197 @@
+"""Decoding: cached as uncached, batched as alone, as `transformers` does it, and what happens when it goes wrong."""
+
+import numpy as np
+import pytest
+import torch
+
+from m2helpers.files import UserError
+from m2helpers.flops import generation_flops
+from m2helpers.forecasting import forecast, generate, sample_forecasts
+from m2helpers.lora import LoraSettings, apply_lora
+from m2helpers.text import Codec
+
+CODEC = Codec(1.0)
+CONTEXTS = ["1.16,1.27;0.90,0.95;0.83,0.69;", "2", "0.05,11.20;3.", "7.77,0.12;6.40,0.33;", "-0.50,1.00;", "9.99,9.98;"]
+
+
+@pytest.fixture
+def base(tiny_base):
+    """A tiny base that writes nothing but the characters of numeric text, and often a `;`."""
+    base = tiny_base()
+    ids = base.tokenizer(CODEC.alphabet)["input_ids"]
+    with torch.no_grad():
+        base.model.lm_head.bias.fill_(-100)
+        base.model.lm_head.bias[ids] = 0
+        base.model.lm_head.bias[26] = 3
+    return base
+
+
+def _bias(base, token, value):
+    with torch.no_grad():
+        base.model.lm_head.bias[token] = value
+
+
+@torch.no_grad()
+def _uncached(base, context, n_steps, limit):
+    """Greedy decoding with nothing but whole forward passes."""
+    ids = base.tokenizer(context)["input_ids"]
+    start = len(ids)
+    while ids[start:].count(26) < n_steps and len(ids) < start + limit:
+        ids.append(int(base.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return base.tokenizer.decode(ids[start:])
+
+
+def _texts(base, contexts=CONTEXTS, n_steps=4, **options):
+    return [g.text for g in generate(base, CODEC, contexts, n_steps, 2, **options)]
+
+
+# ---------------------------------------------------------------- the same tokens, whatever the way
+
+
+def test_cached_decoding_writes_what_uncached_does(base):
+    expected = [_uncached(base, context, 4, 64) for context in CONTEXTS]
+    assert len(set(expected)) >= 4 and len({len(t) for t in expected}) >= 3  # rows differ, and end at different times
+    assert _texts(base, batch_size=1) == expected
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 50])
+def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
+    assert _texts(base, batch_size=batch_size) == _texts(base, batch_size=1)
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = _texts(base, [CONTEXTS[i] for i in order], batch_size=batch_size)
+    assert shuffled == [_texts(base, batch_size=1)[i] for i in order]
+
+
+def test_greedy_decoding_is_that_of_transformers(base):
+    base.tokenizer.padding_side = "left"
+    batch = base.tokenizer(CONTEXTS, return_tensors="pt", padding=True)
+    model = base.model
+    with torch.no_grad():
+        out = model.generate(**batch, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=256)
+    for row, text in zip(out[:, batch["input_ids"].shape[1] :], _texts(base), strict=True):
+        assert base.tokenizer.decode(row).startswith(text) and text
+
+
+def test_unmerged_updates_decode_as_they_predict(base):
+    """Generation runs the adapted model, without dropout."""
+    before = _texts(base)
+    apply_lora(base.model, LoraSettings(lora_r=2, lora_dropout=0.5))
+    with torch.no_grad():
+        for name, p in base.model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.5)
+    base.model.eval()
+    adapted = _texts(base)
+    assert adapted == [_uncached(base, context, 4, 64) for context in CONTEXTS] and adapted != before
+
+
+# ---------------------------------------------------------------- where it stops
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 5])
+def test_a_row_ends_at_its_last_separator(base, n_steps):
+    for text in _texts(base, n_steps=n_steps):
+        assert text.count(";") == n_steps and text.endswith(";")
+
+
+def test_a_row_without_separators_stops_at_the_limit_and_is_invalid(base):
+    _bias(base, 26, -100)
+    longest = len("-999.99,-999.99;")
+    (out,) = generate(base, CODEC, CONTEXTS[:1], 3, 2)
+    assert len(out.text) == 3 * longest and ";" not in out.text
+    (result,) = forecast(base, CODEC, [np.ones((3, 2))], 3)
+    assert not result.valid and result.values.shape == (0, 2) and result.text
+
+
+def test_a_row_may_stop_while_another_goes_on_to_the_limit(base):
+    """One row is at its end at once, one never writes a separator: neither disturbs the other."""
+    with torch.no_grad():  # after a digit a `;`, after anything else a `.`: "1" ends, "." goes on for ever
+        embedding = base.model.model.embed_tokens.weight
+        embedding[26] = 50 * embedding[16]
+    alone = [_texts(base, [c], n_steps=1)[0] for c in CONTEXTS]
+    assert _texts(base, n_steps=1) == alone
+
+
+def test_the_end_of_text_token_does_not_hide(base):
+    """What is no number stays in the text, and the forecast is invalid: nothing is skipped to make it parse."""
+    _bias(base, 256, 200)
+    (result,) = forecast(base, CODEC, [np.ones((3, 2))], 1)
+    assert result.text.startswith("<|endoftext|>") and not result.valid and len(result.values) == 0
+
+
+def test_a_forecast_has_the_steps_that_parse_and_no_more(base, monkeypatch):
+    texts = ["1.00,2.00;3.00,4.00;", "1.00,2.00;x;", "", "1.00,2.00;3.00,4.00;5.00,6.00;"]
+
+    def fake(base, codec, contexts, *_, **__):
+        from m2helpers.forecasting import Generated
+
+        return [Generated(text, 7) for text in texts[: len(contexts)]]
+
+    monkeypatch.setattr("m2helpers.forecasting.generate", fake)
+    whole, cut, nothing, long = forecast(base, Codec(2.0), [np.ones((3, 2))] * 4, 2)
+    np.testing.assert_allclose(whole.values, [[0.5, 1.0], [1.5, 2.0]])
+    assert [f.valid for f in (whole, cut, nothing, long)] == [True, False, False, True]
+    assert [len(f.values) for f in (whole, cut, nothing, long)] == [2, 1, 0, 2]
+    assert whole.flops == 7
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_flops_are_those_of_a_prefill_and_single_tokens(base):
+    config = base.model.config
+    alone = [generate(base, CODEC, [c], 2, 2)[0] for c in CONTEXTS]
+    assert [g.flops for g in alone] == [
+        generation_flops(config, 1, len(c), len(g.text)) for c, g in zip(CONTEXTS, alone, strict=True)
+    ]
+    padded = generate(base, CODEC, CONTEXTS, 2, 2)  # padding is billed like any token
+    longest = max(map(len, CONTEXTS))
+    assert [g.flops for g in padded] == [generation_flops(config, 1, longest, len(g.text)) for g in padded]
+    assert min(g.flops for g in alone) > 0
+
+
+def test_a_longer_context_costs_more(base, monkeypatch):
+    _bias(base, 26, 100)  # one token each
+    short, long, longer = (generate(base, CODEC, ["1" * n], 1, 1)[0] for n in (5, 50, 500))
+    assert len(short.text) == len(long.text) == 1
+    assert 0 < short.flops < long.flops < longer.flops
+    adapter = LoraSettings(lora_r=4)
+    assert generate(base, CODEC, ["1" * 5], 1, 1, lora=adapter)[0].flops == generation_flops(
+        base.model.config, 1, 5, 1, lora_r=4
+    )
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_samples_follow_the_seed(base):
+    first, again, other = (_texts(base, temperature=2.0, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other and first != _texts(base)
+    cold = _texts(base, temperature=1e-4)
+    assert cold == _texts(base)  # so cold that only the likeliest is left
+
+
+def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
+    from m2helpers.forecasting import Generated
+
+    texts = ["1.00,2.00;", "1.00;", "3.00,4.00;"]
+    monkeypatch.setattr("m2helpers.forecasting.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
+    drawn = sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
+    np.testing.assert_array_equal(drawn, [[[1, 2]], [[3, 4]]])
+    texts[:] = ["x", "", ";"]
+    with pytest.raises(UserError, match="none of 3 sampled forecasts parsed whole; use a lower temperature"):
+        sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_impossible_requests_are_refused(base):
+    with pytest.raises(UserError, match="a context is empty: give at least one step"):
+        generate(base, CODEC, ["1.00,1.00;", ""], 1, 2)
+    with pytest.raises(UserError, match="cannot forecast 0 steps: ask for at least 1"):
+        forecast(base, CODEC, [np.ones((3, 2))], 0)
+    with pytest.raises(UserError, match=r"shape \(5,\) cannot be encoded"):
+        forecast(base, CODEC, [np.ones(5)], 1)
+    with pytest.raises(UserError, match=r"limit 1,000"):
+        forecast(base, CODEC, [np.full((2, 1), 2e3)], 1)

@@ -1,0 +1,397 @@
+"""Fine-tuning and run folders: one seed one result, stops and resumes, the best weights, padding, and what it cost."""
+
+import csv
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from m2helpers import training
+from m2helpers.files import UserError, read_json
+from m2helpers.flops import forward_account
+from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
+from m2helpers.models import load_base
+from m2helpers.runs import STAGES, TrainSettings, load_run
+from m2helpers.text import Codec, fit_scale
+from m2helpers.training import train_lora
+
+QUICK = TrainSettings(
+    lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=7, max_length=48, eval_steps=2, save_steps=3, eval_windows=5
+)
+COLUMNS = ["step", "loss", "val_loss", "learning_rate", "tokens_per_second", "flops"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "history.csv"]
+IDS = torch.arange(10, 27)[None]
+
+
+@torch.no_grad()
+def _logits(model):
+    return model.eval()(IDS).logits
+
+
+def _weights(model):
+    return {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+
+
+def _same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(p, second[name]) for name, p in first.items())
+
+
+@pytest.fixture
+def train(tiny_base, small_data):
+    """Trains a fresh tiny base on the small dataset."""
+    return lambda settings=QUICK, *args, **kwargs: train_lora(
+        tiny_base(), small_data, settings, *args, **dict(progress=False) | kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, small_data, tmp_path_factory):
+    """A finished run: its folder and its result."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, train_lora(load_base(str(tiny_folder)), small_data, QUICK, folder, progress=False)
+
+
+# ---------------------------------------------------------------- one seed, one result
+
+
+def test_one_seed_gives_one_result(train, run):
+    again = train()  # and without a folder
+    assert _same(_weights(again.model), _weights(run[1].model))
+    steady = [c for c in COLUMNS if c != "tokens_per_second"]
+    assert again.history[steady].equals(run[1].history[steady])
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(lora_dropout=0.3), dict(learning_rate=2e-2)])
+def test_another_setting_gives_another_result(train, run, change):
+    assert not _same(_weights(train(replace(QUICK, **change)).model), _weights(run[1].model))
+
+
+def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_base):
+    result = train(replace(QUICK, max_steps=30, eval_steps=10, learning_rate=3e-2))
+    assert result.history["val_loss"].iloc[-1] < 0.8 * result.history["val_loss"].iloc[0]
+    trained = trainable_parameters(result.model)
+    now = {n.replace(".base.", "."): p for n, p in result.model.named_parameters() if n not in trained}
+    before = {n: p for n, p in tiny_base().model.named_parameters() if n != "lm_head.bias"}
+    assert _same(before, now)
+    assert result.model.lm_head.bias.any() and all(x.lora_B.weight.any() for _, x in lora_layers(result.model))
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, monkeypatch):
+    """Stopped right after the save at step 3, in the middle between two validations, with dropout on."""
+
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    save = training.save_state
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(QUICK, folder)
+    assert (folder / "state.safetensors").exists() and not (folder / "history.csv").exists()
+    resumed = train(QUICK, folder, resume=True)
+
+    whole_folder, whole = run
+    assert _same(_weights(resumed.model), _weights(whole.model))
+    steady = [c for c in COLUMNS if c != "tokens_per_second"]
+    assert resumed.history[steady].equals(whole.history[steady])
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
+        assert (folder / name).read_bytes() == (whole_folder / name).read_bytes(), name
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+
+
+def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path, monkeypatch):
+    """Stopped at step 5, after the validation of step 4 wrote a better adapter than the state of step 3 knows of."""
+    folder, steps = tmp_path / "run", []
+
+    def stop(base, batch):
+        steps.append(base.model.training)
+        if sum(steps) == 6:
+            raise KeyboardInterrupt
+        return loss(base, batch)
+
+    loss = training._loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_loss", stop)
+        train(QUICK, folder)
+    with pytest.raises(UserError, match="not finished; go on with 'train --resume"):
+        load_run(folder)
+    assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
+
+
+def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, monkeypatch):
+    """The adapter of step 2 is there, but no state: the folder is neither finished nor to be resumed."""
+    folder = tmp_path / "run"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(QUICK, folder)
+    assert (folder / "adapter_model.safetensors").exists()
+    with pytest.raises(UserError, match="stopped before its first save; train it again"):
+        load_run(folder)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(QUICK, folder, resume=True)
+    assert _same(_weights(train(QUICK, folder).model), _weights(run[1].model))
+
+
+# ---------------------------------------------------------------- the best weights
+
+
+def test_the_best_weights_by_validation_are_kept(train, tmp_path, monkeypatch):
+    losses, seen = iter([3.0, 1.0, 2.0, 1.0]), []
+
+    def validate(base, *_):
+        seen.append(_weights(base.model))
+        return next(losses), 0
+
+    monkeypatch.setattr(training, "_validate", validate)
+    result = train(QUICK, tmp_path / "run")
+    assert result.history["step"].tolist() == [2, 4, 6, 7]
+    assert _same(_weights(result.model), seen[1]) and not _same(seen[1], seen[3])
+    kept = load_run(tmp_path / "run", merged=False).base.model
+    assert _same(_weights(kept), seen[1])
+    assert "1.0000 nats a token, at step 4" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_data):
+    folder, result = run
+    base = load_run(folder, merged=False).base
+    codec = Codec(fit_scale(small_data.part("train")))
+    windows = training._windows(small_data.part("validation"), codec, base, QUICK.max_length)
+    chosen = np.random.default_rng(0).permutation(len(windows))[: QUICK.eval_windows]
+    val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: 0)
+    assert val_loss == result.history["val_loss"].min()
+
+
+def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_loss", lambda base, batch: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
+    with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
+        train(QUICK)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_a_run_folder_holds_what_the_design_says(run, small_data, tiny_base):
+    folder, result = run
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    with open(folder / "history.csv", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert rows[0] == COLUMNS == list(result.history.columns)
+    assert [int(row[0]) for row in rows[1:]] == [2, 4, 6, 7]
+    assert [float(row[2]) for row in rows[1:]] == result.history["val_loss"].tolist()
+    assert [float(row[3]) for row in rows[1:]] == [QUICK.rate(step) for step in (1, 3, 5, 6)]
+
+    config = read_json(folder / "config.json")
+    assert config["settings"] == json.loads(json.dumps(asdict(QUICK)))
+    base = tiny_base()
+    assert config["data_sha256"] == small_data.sha256 and config["base_sha256"] == base.sha256
+    assert config["scale"] == config["codec"]["scale"] == fit_scale(small_data.part("train"))
+    assert config["data"] == "small.h5" and set(config["versions"]) == {"python", "torch", "transformers"}
+
+    card = (folder / "README.md").read_text()
+    counts = parameter_report(result.model)
+    assert f"| {counts['trainable']:,} ({counts['lora']:,} LoRA, 259 head bias) of {counts['base']:,} |" in card
+    assert small_data.sha256[:16] in card and "library_name: peft" in card
+
+
+def test_the_settings_hash_covers_settings_data_and_base_only(run, small_data, tiny_base):
+    folder, _ = run
+    base, codec = tiny_base(), Codec(1.0)
+    recorded = read_json(folder / "config.json")["settings_sha256"]
+    describe = training.describe
+    assert describe(base, small_data, QUICK, codec)["settings_sha256"] == recorded
+    elsewhere = replace(base, name="other/place")
+    assert describe(elsewhere, replace(small_data, path="b.h5"), QUICK, codec)["settings_sha256"] == recorded
+    for b, d, s in (
+        (replace(base, sha256="0"), small_data, QUICK),
+        (base, replace(small_data, sha256="0"), QUICK),
+        (base, small_data, replace(QUICK, seed=1)),
+    ):
+        assert describe(b, d, s, codec)["settings_sha256"] != recorded
+
+
+def test_a_run_loads_as_it_was(run, small_data):
+    folder, result = run
+    apart, merged = load_run(folder, merged=False), load_run(folder)
+    assert torch.equal(_logits(apart.base.model), _logits(result.model))
+    torch.testing.assert_close(_logits(merged.base.model), _logits(result.model), atol=1e-5, rtol=1e-5)
+    assert merged.settings == QUICK and merged.codec == Codec(fit_scale(small_data.part("train")), 2)
+    assert not merged.base.model.training and merged.config["base"] == merged.base.name
+
+
+def test_without_a_folder_nothing_is_written(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(replace(QUICK, max_steps=2))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_folders_that_hold_something_else_are_refused(run, train, tiny_base, small_data, tmp_path):
+    folder, _ = run
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(UserError, match=f"{folder}: holds a finished run; choose another folder"):
+        train(QUICK, folder)
+    with pytest.raises(UserError, match=r"nothing to resume \(no state\.safetensors\)"):
+        train(QUICK, folder, resume=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(QUICK, tmp_path / "none", resume=True)
+    with pytest.raises(UserError, match="resume needs the output_dir"):
+        train(QUICK, resume=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, monkeypatch):
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    save = training.save_state
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(QUICK, tmp_path)
+    with pytest.raises(UserError, match="was started with other settings, data or base; give the same ones"):
+        train(replace(QUICK, learning_rate=3e-3), tmp_path, resume=True)
+    with pytest.raises(UserError, match="holds a run that was stopped; add --resume"):
+        train(QUICK, tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a readable training state"):
+        train(QUICK, tmp_path, resume=True)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"not a run folder \(no config\.json\)"):
+        load_run(tmp_path)
+
+
+def test_a_run_whose_base_has_changed_is_refused(run, tmp_path, tiny_base):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in run[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    other = tiny_base(head_bias=False)
+    with torch.no_grad():
+        other.model.model.norm.weight.mul_(1.5)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    config = read_json(folder / "config.json") | {"base": str(tmp_path / "other")}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="this adapter was trained on base"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(batch_size=0),
+        dict(max_steps=0),
+        dict(max_length=1),
+        dict(eval_steps=0),
+        dict(eval_windows=0),
+        dict(save_steps=-1),
+        dict(seed=-1),
+        dict(warmup_ratio=1.0),
+        dict(lora_dropout=1.5),
+        dict(learning_rate=0.0),
+        dict(learning_rate=float("nan")),
+    ],
+)
+def test_impossible_settings_are_refused(change):
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=f"{name} {value}: "):
+        replace(QUICK, **change)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    settings = TrainSettings(max_steps=100, warmup_ratio=0.1, learning_rate=1e-3)
+    rates = [settings.rate(step) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 1e-3 * np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:], 1e-3 * (1 + np.cos(np.pi * np.arange(90) / 90)) / 2)
+
+
+def test_the_stages_are_those_of_the_design():
+    initial, final = STAGES["initial"], STAGES["final"]
+    assert (initial.lora_r, initial.max_length, initial.max_steps) == (4, 512, 1000)
+    assert (final.lora_r, final.max_length) == (8, 768)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_padding_changes_no_loss(tiny_base):
+    """The loss of a left-padded batch is the mean over tokens of the windows' own losses."""
+    base = tiny_base()
+    with torch.no_grad():
+        base.model.lm_head.bias.normal_(generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0)
+    batch = [rng.integers(10, 27, n) for n in (20, 33, 7, 2)]
+    with torch.no_grad():
+        together, shape = training._loss(base, batch)
+        apart = [training._loss(base, [window])[0].item() for window in batch]
+    assert shape == (4, 33)
+    assert together.item() == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in batch]), rel=1e-5)
+
+
+def test_padding_changes_no_gradient(tiny_base):
+    base = tiny_base()
+    batch = [np.arange(10, 27), np.arange(12, 20)]
+    gradients = []
+    for windows in (batch, batch[:1], batch[1:]):
+        base.model.zero_grad()
+        training._loss(base, windows)[0].backward()
+        gradients.append(base.model.model.embed_tokens.weight.grad.clone())
+    together, long, short = gradients
+    torch.testing.assert_close(together, (16 * long + 7 * short) / 23, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
+    codec, series = Codec(1.0), np.ones((2, 5, 2))  # ten characters a step
+    assert [len(w) for w in training._windows(series, codec, tiny_base(), 32)] == [32, 18, 32, 18]
+    assert [len(w) for w in training._windows(series, codec, tiny_base(), 49)] == [49, 49]  # and one token left over
+    whole = np.concatenate(training._windows(series[:1], codec, tiny_base(), 32))
+    assert tiny_base().tokenizer.decode(whole) == codec.encode(series[0])
+
+
+def test_every_epoch_sees_every_window_once():
+    n, batch = 10, 4
+    places = [i for step in range(5) for i in training._picks(3, step, batch, n)]
+    assert sorted(places[:n]) == sorted(places[n:]) == list(range(n))
+    assert places[:n] != places[n:]
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("change", [{}, dict(target_modules=("q_proj", "down_proj")), dict(lora_r=0)])
+def test_flops_are_three_forward_passes_and_the_validations(train, tiny_base, monkeypatch, change):
+    settings = replace(QUICK, max_steps=4, **change)
+    passes = []
+
+    def watch(base, batch):
+        result = loss(base, batch)
+        passes.append((base.model.training, result[1]))
+        return result
+
+    loss = training._loss
+    monkeypatch.setattr(training, "_loss", watch)
+    history = train(settings).history
+    config, adapted = tiny_base().model.config, dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
+    by_hand = [
+        (3 if is_training else 1) * forward_account(config, *shape, loss=True, **adapted).forward
+        for is_training, shape in passes
+    ]
+    flags = [is_training for is_training, _ in passes]
+    ends = [i for i, now in enumerate(flags) if not now and (i + 1 == len(flags) or flags[i + 1])]  # of validations
+    assert sum(flags) == 4 and len(ends) == 2
+    assert history["flops"].tolist() == np.cumsum(by_hand)[ends].tolist()
