@@ -93,31 +93,23 @@ def _load(options):
 
 
 def _evaluate(options) -> None:
-    from .evaluation import P5_CONTEXTS, evaluate, evaluate_baselines, to_json
+    from .evaluation import P5_CONTEXTS, PROTOCOLS, evaluate, evaluate_baselines, to_json
     from .report import BASELINE_CACHE, results_table
 
     dataset = load_dataset(options.data)
     base, codec, seed = _load(options)
     codec = codec or Codec(fit_scale(dataset.part("train")))
     contexts = [options.context] if options.context else P5_CONTEXTS
-    name = str(options.run) if options.run else base.name
-    results = evaluate(
-        base,
-        codec,
-        dataset,
-        options.protocol,
-        split=options.split,
-        contexts=contexts,
-        run=options.run and str(options.run),
-        seed=seed,
-    )
+    protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
+    rows = {str(options.run) if options.run else base.name: []}
+    for protocol in protocols:
+        where = dict(split=options.split, contexts=contexts)
+        results = evaluate(base, codec, dataset, protocol, **where, run=options.run and str(options.run), seed=seed)
+        next(iter(rows.values())).extend(results)
+        for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
+            rows.setdefault(row.model, []).append(row)
     if options.json:
-        write_json(options.json, to_json(results))
-    rows = {name: results}
-    for row in evaluate_baselines(
-        dataset, codec, options.protocol, split=options.split, contexts=contexts, cache=BASELINE_CACHE
-    ):
-        rows.setdefault(row.model, []).append(row)
+        write_json(options.json, to_json(next(iter(rows.values()))))
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.float_format", "{:.4f}".format):
         print(results_table(rows, reference=None).to_string(index=False))
 
@@ -241,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     model(added)
 
     added = command("evaluate", _evaluate, "measure a run, or an untrained base, beside the baselines")
-    added.add_argument("--protocol", choices=("P5", "L50", "L20"), default="P5")
+    added.add_argument("--protocol", choices=("P5", "L50", "L20", "all"), default="P5")
     added.add_argument("--split", choices=("train", "validation", "test"), default="test")
     added.add_argument(
         "--context", type=int, metavar="S", help="tokens of context, P5 only (default: 128, 512 and 768)"

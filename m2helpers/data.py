@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -252,29 +254,27 @@ def _read_csv(path: Path) -> np.ndarray:
     return numbers.to_numpy()  # (steps, variables)
 
 
-def _open_hdf5(path: Path) -> h5py.File:
+@contextmanager
+def _open_hdf5(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the name, or make one: python -m m2helpers simulate --out {path}")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError) as error:  # some damage shows only when a block is read
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or give another") from None
 
 
 def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
-    try:
-        dataset = file.get(name)
-        if not isinstance(dataset, h5py.Dataset):
-            raise UserError(f"{path}: has no dataset /{name}, only {sorted(file)}; add it as {layout}")
-        if dataset.shape is None or len(dataset.shape) != rank:
-            raise UserError(f"{path}: /{name} has shape {dataset.shape}; it must have rank {rank}, {layout}")
-        if dataset.dtype.kind not in "fiu":
-            raise UserError(f"{path}: /{name} holds {dataset.dtype}; it must hold real numbers")
-        return dataset[()]
-    except (OSError, RuntimeError) as error:  # a damaged block shows only when it is read
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: /{name} cannot be read ({reason}); the file is damaged, restore it") from None
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise UserError(f"{path}: has no dataset /{name}, only {sorted(file, key=str)}; add it as {layout}")
+    if dataset.shape is None or len(dataset.shape) != rank:
+        raise UserError(f"{path}: /{name} has shape {dataset.shape}; it must have rank {rank}, {layout}")
+    if dataset.dtype.kind not in "fiu":
+        raise UserError(f"{path}: /{name} holds {dataset.dtype}; it must hold real numbers")
+    return dataset[()]
 
 
 def _refuse_uneven_time(path: Path, time: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .evaluation import Result
 
@@ -17,6 +18,7 @@ _PALETTE = sns.color_palette("colorblind").as_hex()
 PREY, PREDATOR = _PALETTE[0], _PALETTE[1]
 VARIABLES = {"prey": PREY, "predator": PREDATOR}
 STAGES = {"untrained": "#7f7f7f", "initial": _PALETTE[4], "final": _PALETTE[2]}
+STAGE_LINES = {"untrained": ":", "initial": "--", "final": "-"}
 BASELINES = {"last value": _PALETTE[8], "vector autoregression": _PALETTE[5], "ODE fit": "#222222"}
 WIDTH = 8.0  # inches: the width of a page of the site
 
@@ -64,6 +66,19 @@ def plot_forecast(ax: Axes, time: np.ndarray, truth: np.ndarray, n_context: int,
     ax.axvline(time[n_context - 1], color="0.4", lw=1, ls=":")
 
 
+def plot_forecasts(
+    time: np.ndarray, truths: Mapping[str, np.ndarray], n_context: int, forecasts: Sequence[np.ndarray]
+) -> Figure:
+    """A panel of `plot_forecast` for each series, title → (steps, 2), one under the other."""
+    figure, axes = plt.subplots(len(truths), 1, figsize=(WIDTH, 2.0 * len(truths) + 0.5), sharex=True, squeeze=False)
+    for ax, (title, truth), forecast in zip(axes.flat, truths.items(), forecasts, strict=True):
+        plot_forecast(ax, time, truth, n_context, forecast)
+        ax.set_title(title, loc="left", fontsize="medium")
+        ax.label_outer()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
 def plot_interval(ax: Axes, time: np.ndarray, samples: np.ndarray) -> None:
     """Median and 80 % band of sampled forecasts, (samples, steps, 2), against their times (steps,)."""
     low, middle, high = np.quantile(samples, [0.1, 0.5, 0.9], axis=0)  # each (steps, 2)
@@ -92,6 +107,8 @@ def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: 
     """P5 error against context length, with 95 % intervals, one line for each model."""
     for name, rows in results.items():
         rows = [row for row in rows if row.mae is not None]
+        if not rows:
+            continue
         mae = np.array([row.mae for row in rows])
         low, high = np.array([row.ci_mae for row in rows]).T
         ax.errorbar(
@@ -106,6 +123,39 @@ def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: 
         )
     contexts = sorted({row.context for rows in results.values() for row in rows})
     ax.set(xlabel="context (tokens)", ylabel="mean absolute error\n(population units)", yscale="log", xticks=contexts)
+
+
+def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result]], spread: Sequence[float]) -> None:
+    """P5 error of prey and predator by context: left in population units, right in per cent of each one's spread.
+
+    Parameters
+    ----------
+    axes : two Axes
+    results : mapping
+        Stage → results.
+    spread : (2,)
+        Standard deviation of each variable, population units.
+    """
+    for stage, rows in results.items():
+        rows = [row for row in rows if row.mae_per_variable is not None]
+        for column, (name, colour) in enumerate(VARIABLES.items()):
+            for ax, factor in zip(axes, (1, 100 / spread[column]), strict=True):
+                errors = [factor * row.mae_per_variable[column] for row in rows]
+                line = dict(color=colour, ls=STAGE_LINES[stage], label=f"{name}, {stage}")
+                ax.plot([row.context for row in rows], errors, "o", ms=4, **line)
+    contexts = sorted({row.context for rows in results.values() for row in rows})
+    for ax, unit in zip(axes, ("population units", "% of standard deviation"), strict=True):
+        ax.set(xlabel="context (tokens)", ylabel=f"mean absolute error\n({unit})", yscale="log", xticks=contexts)
+
+
+def plot_by_family(ax: Axes, losses: Mapping[str, Mapping[str, float]]) -> None:
+    """Loss on each pre-training family, a dot for each stage, families in the order of the first one's loss."""
+    first = next(iter(losses.values()))
+    families = sorted(first, key=first.get)
+    for stage, by_family in losses.items():
+        ax.plot([by_family[name] for name in families], range(len(families)), "o", color=STAGES[stage], label=stage)
+    ax.set(xlabel="loss (nats a token)", yticks=range(len(families)))
+    ax.set_yticklabels([name.replace("_", " ") for name in families], fontsize=8)
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:

@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
 from .files import UserError, read_json, write_text
-from .models import checkpoint_folder
+from .models import EMBEDDED, checkpoint_folder, default_model
 from .text import Codec, fit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,12 @@ PUBLISHED_L50 = {
     "one write-up: 49 of 50 parsed": {"overall": 0.203, "prey": 0.217, "predator": 0.189},
     "the same author's final run": {"overall": 0.974},
 }
+
+
+def recorded_base(stage: str = "initial") -> str:
+    """The base whose records a page shows: the one chosen (`default_model`) where it has that stage, else ``embedded``."""
+    name = default_model()
+    return name if (checkpoint_folder(name) / STAGE_FOLDERS[stage] / "metrics.json").is_file() else EMBEDDED
 
 
 def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
@@ -86,6 +93,62 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
                 row[f"change against {reference}"] = f"{change:+.0f} % ({low:+.0f} to {high:+.0f})"
             rows.append(row)
     return pd.DataFrame(rows).fillna("")
+
+
+def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[str] = ()) -> pd.DataFrame:
+    """P5 error with its interval, one row a model and one column a context, and published Qwen rows beneath.
+
+    Parameters
+    ----------
+    results : mapping
+        Label → results.
+    published : sequence of str
+        Stages of `PUBLISHED` to set beside them.
+    """
+    table = {
+        label: {
+            f"S = {r.context}": "no valid forecast" if r.mae is None else f"{r.mae:.4f} ({_interval(r)})" for r in rows
+        }
+        for label, rows in results.items()
+    }
+    for stage in published:
+        label = f"{stage}: {PUBLISHED_SOURCE}"
+        table[label] = {f"S = {context}": f"{mae:.4f}" for context, (mae, _) in PUBLISHED[stage].items()}
+    return pd.DataFrame(table).T.rename_axis("P5 MAE (95 % interval)", axis=1)
+
+
+def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance: float = 1e-3) -> pd.DataFrame:
+    """Forecasts made now (`evaluate` with a `limit`) against the record of the same windows, one row a context.
+
+    A window agrees when its two errors differ by at most `tolerance`, or when neither forecast is valid. Not all need
+    to: where two digits are almost equally likely, another machine may write the other one.
+
+    Raises
+    ------
+    UserError
+        If the record is of other data.
+    """
+    rows = []
+    for now in live:
+        then = next(r for r in recorded if (r.protocol, r.context) == (now.protocol, now.context))
+        if then.data_sha256 != now.data_sha256:
+            raise UserError(
+                f"the record ({then.protocol}, context {then.context}) is of other data than was loaded: "
+                "evaluate again, or load the data it was measured on"
+            )
+        pairs = list(zip(now.window_mae, then.window_mae, strict=False))  # the first series come first in both
+        both = np.array([pair for pair in pairs if None not in pair]).reshape(-1, 2)
+        agree = int((np.abs(both[:, 0] - both[:, 1]) <= tolerance).sum()) + pairs.count((None, None))
+        row = {"protocol": now.protocol, "context": now.context, "windows": now.n, "agree": agree}
+        rows.append(row | {"MAE now": both[:, 0].mean(), "MAE recorded": both[:, 1].mean()})
+    return pd.DataFrame(rows)
+
+
+def extremes(result: Result) -> dict[str, int]:
+    """Which windows have the smallest, the median and the largest error: ``best``, ``median``, ``worst`` → position."""
+    valid = [i for i, error in enumerate(result.window_mae) if error is not None]
+    order = sorted(valid, key=result.window_mae.__getitem__)
+    return {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
 
 
 def published_table() -> pd.DataFrame:

@@ -246,6 +246,15 @@ def test_load_dataset_refuses_unreadable_files(tmp_path):
         load_dataset(tmp_path / "cut.h5")
     with pytest.raises(UserError, match=r"no such file"):
         load_dataset(tmp_path)
+    with h5py.File(tmp_path / "damaged.h5", "w") as file:
+        file.create_dataset("trajectories", data=np.zeros((12, 6, 2)), compression="gzip")
+        file["time"] = np.arange(6.0)
+        block = file["trajectories"].id.get_chunk_info(0).byte_offset
+    damaged = bytearray((tmp_path / "damaged.h5").read_bytes())
+    damaged[block : block + 8] = b"\xff" * 8  # opens well, fails when the block is read
+    (tmp_path / "damaged.h5").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged.h5: cannot be read as HDF5 .*; restore it"):
+        load_dataset(tmp_path / "damaged.h5")
     with h5py.File(tmp_path / "group.h5", "w") as file:
         file.create_group("trajectories")
     with pytest.raises(UserError, match=r"no dataset /trajectories"):
