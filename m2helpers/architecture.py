@@ -21,6 +21,7 @@ QWEN_05B = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
+QWEN_05B_DTYPE = "bfloat16"  # of its published weights; not a size, so a model built from QWEN_05B is float32
 
 
 @dataclass(frozen=True)

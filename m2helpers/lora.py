@@ -164,7 +164,8 @@ def save_adapter(model: nn.Module, folder: Path, settings: LoraSettings, base_na
     """
     tensors = {PREFIX + name: p.detach().contiguous().cpu() for name, p in trainable_parameters(model).items()}
     with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "base_sha256": base_sha256})
+        # One entry only: safetensors writes several in an order that changes, and the same run would give other bytes.
+        save_file(tensors, temporary, metadata={"base_sha256": base_sha256})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -13,6 +13,8 @@ from .architecture import QWEN_05B
 from .flops import forward_account
 
 PUBLISHED_STEPS = (8.00e12, 7.04e12, 6.76e12, 5.94e12)  # FLOPs a training step
+PUBLISHED_P5_SHARE = 0.162  # of the cap, billed for one P5 table over the test split of the course's file
+PUBLISHED_P5_WINDOWS = {128: 400, 512: 200, 768: 100}  # context in tokens → windows in that table
 ATTENTION = ("attention scores", "scale and mask", "softmax", "attention values")
 DIFFERENCES = {
     "multi-head": "grouped-query attention counted as multi-head",
@@ -54,6 +56,17 @@ def step_flops(differences: tuple[str, ...], batch_size: int = 4, length: int = 
     return 3 * sum(parts.values())
 
 
+def accounts(**step: int) -> dict[tuple[str, ...], int]:
+    """Every account that some set of `DIFFERENCES` gives, fewest differences first: the set's keys → FLOPs of a step.
+
+    Sets whose members contradict one another are left out. `step` is as in `step_flops`.
+    """
+    sets = (chosen for size in range(len(DIFFERENCES) + 1) for chosen in combinations(DIFFERENCES, size))
+    return {
+        chosen: step_flops(chosen, **step) for chosen in sets if not any(pair <= set(chosen) for pair in _EXCLUSIVE)
+    }
+
+
 def explain(figure: float, within: float = 0.005, **step: int) -> tuple[tuple[str, ...], float]:
     """The fewest differences that bring our account within a share of a published figure, else the nearest ones.
 
@@ -73,12 +86,8 @@ def explain(figure: float, within: float = 0.005, **step: int) -> tuple[tuple[st
     float
         What remains: (figure − ours) / figure.
     """
-    found = []
-    for size in range(len(DIFFERENCES) + 1):
-        for chosen in combinations(DIFFERENCES, size):
-            if not any(pair <= set(chosen) for pair in _EXCLUSIVE):
-                found.append((chosen, (figure - step_flops(chosen, **step)) / figure))
-        met = [item for item in found if abs(item[1]) <= within]
-        if met:
-            return min(met, key=lambda item: abs(item[1]))
+    found = [(chosen, (figure - ours) / figure) for chosen, ours in accounts(**step).items()]
+    met = [item for item in found if abs(item[1]) <= within]
+    if met:
+        return min(met, key=lambda item: (len(item[0]), abs(item[1])))
     return min(found, key=lambda item: abs(item[1]))

@@ -27,6 +27,7 @@ from m2helpers.models import add_head_bias
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = LoraSettings(lora_r=3, lora_alpha=6.0, lora_dropout=0.1)
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 IDS = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(0))
 
 

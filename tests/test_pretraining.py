@@ -1,0 +1,191 @@
+"""Pre-training: one seed one model, stops and resumes, and the folder it leaves."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Tokenizer
+
+from m2helpers import pretraining
+from m2helpers.files import UserError, read_json, sha256_file
+from m2helpers.flops import forward_account
+from m2helpers.models import load_base
+from m2helpers.pretraining import PretrainSettings, mixture_loss, model_card, pretrain
+from m2helpers.synthetic import FAMILIES
+
+TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+QUICK = PretrainSettings(
+    tokens=7 * 2 * 32 + 5, batch_size=2, max_length=32, warmup_steps=2, eval_steps=3, save_steps=2, learning_rate=1e-2
+)
+FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+FILES += ["pretraining.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture(autouse=True)
+def few_texts_at_once(monkeypatch):
+    """Blocks of four steps, so that a run of seven crosses from one to the next; two families in the mixture."""
+    monkeypatch.setattr(pretraining, "BLOCK", 4)
+    monkeypatch.setattr(pretraining, "FAMILIES", {n: FAMILIES[n] for n in ("pendulum", "lorenz")})
+    monkeypatch.setattr("m2helpers.synthetic.FAMILIES", pretraining.FAMILIES)
+    pretraining._block.cache_clear()
+    yield
+    pretraining._block.cache_clear()
+
+
+def _run(folder, settings=QUICK, **options):
+    return pretrain(settings, folder, **dict(architecture=TINY) | options)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return tmp_path / "whole", _run(tmp_path / "whole")
+
+
+def _agree(first, second):
+    """Two finished runs have the same bits and the same records, but for the clock."""
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    records = []
+    for folder in (first, second):
+        record = read_json(folder / "pretraining.json")
+        record.pop("seconds")
+        record["history"] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in record["history"]]
+        records.append(record)
+    assert records[0] == records[1]
+
+
+def test_one_seed_gives_one_model(whole, tmp_path):
+    _run(tmp_path / "again")
+    _agree(whole[0], tmp_path / "again")
+    _run(tmp_path / "other", replace(QUICK, seed=1))
+    assert sha256_file(tmp_path / "other" / "model.safetensors") != sha256_file(whole[0] / "model.safetensors")
+
+
+def test_a_run_out_of_time_goes_on_as_if_it_had_not_been(whole, tmp_path):
+    """No time at all: it stops after each step, so five are one stop each, two of them right before a validation."""
+    folder = tmp_path / "run"
+    for step in range(1, 6):
+        record = _run(folder, stop_after=0.0, resume=step > 1)
+        assert record["step"] == step and [p.name for p in folder.iterdir()] == ["state.safetensors"]
+    _run(folder, resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    _agree(whole[0], folder)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_save(whole, tmp_path, monkeypatch):
+    """Killed in step 4, past the validation of step 3 and the save of step 2."""
+    losses = []
+
+    def die(*args):
+        losses.append(args)
+        if len(losses) == 6:  # three steps, two families validated, and the fourth step
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    loss = pretraining._loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretraining, "_loss", die)
+        _run(tmp_path / "run")
+    _run(tmp_path / "run", resume=True)
+    _agree(whole[0], tmp_path / "run")
+
+
+def test_the_folder_is_a_base(whole):
+    folder, record = whole
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    base = load_base(str(folder))
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(base.model.get_parameter(name), tensor)
+    assert sum(p.numel() for p in base.model.parameters()) == record["parameters"] + 259
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, Qwen2Tokenizer) and tokenizer("1.23")["input_ids"] == [16, 13, 17, 18]
+    assert base.model.config.architectures == ["Qwen2ForCausalLM"]
+
+
+def test_the_record_says_what_was_done(whole):
+    folder, record = whole
+    assert read_json(folder / "pretraining.json") == json.loads(json.dumps(record))
+    assert record["step"] == 7 and record["tokens"] == 7 * 2 * 32
+    assert [row["step"] for row in record["history"]] == [3, 6, 7]
+    assert set(record["loss_by_family"]) == {"pendulum", "lorenz"}
+    assert record["history"][-1]["val_loss"] == pytest.approx(np.mean(list(record["loss_by_family"].values())))
+    config = load_base(str(folder)).model.config
+    assert record["flops"] == 7 * 3 * forward_account(config, 2, 32, head_bias=False).forward
+
+
+def test_the_model_card_agrees_with_the_record(whole):
+    folder, record = whole
+    card = (folder / "README.md").read_text()
+    assert card == model_card(read_json(folder / "pretraining.json"))
+    assert f"| tokens | {record['tokens']:,} |" in card
+    assert f"{record['parameters']:,} parameters" in card and "**not** Qwen2.5" in card
+    assert f"| {record['flops']:.3g} |" in card
+    assert f"| validation loss | {record['history'][-1]['val_loss']:.4f} nats a token |" in card
+    for name, loss in record["loss_by_family"].items():
+        assert f"| {name} | {loss:.3f} |" in card
+
+
+def test_the_loss_falls(tmp_path):
+    settings = replace(QUICK, tokens=40 * 64, learning_rate=3e-2, eval_steps=10)
+    history = _run(tmp_path / "run", settings)["history"]
+    assert history[0]["loss"] > 3.5 and history[-1]["val_loss"] < 0.8 * history[0]["val_loss"]
+
+
+def test_padding_changes_no_loss():
+    """The loss of texts of different lengths is the mean over their tokens, as if each had been alone."""
+    from transformers import Qwen2ForCausalLM
+
+    from m2helpers.models import embedded_config, embedded_tokenizer
+    from m2helpers.text import left_pad, tokenise
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(embedded_config(**TINY, initializer_range=0.3)).eval()
+    ids = tokenise(["1.16,1.27;0.90,0.95;", "0.5;", "12;7;"], embedded_tokenizer())
+    with torch.no_grad():
+        together = pretraining._loss(model, left_pad(ids, 256), "cpu").item()
+        apart = [pretraining._loss(model, left_pad([row], 256), "cpu").item() for row in ids]
+    assert together == pytest.approx(np.average(apart, weights=[len(row) - 1 for row in ids]), rel=1e-5)
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    settings = PretrainSettings(
+        tokens=100, batch_size=1, max_length=1, warmup_steps=10, decay_fraction=0.25, learning_rate=1.0
+    )
+    rates = [settings.rate(step) for step in range(settings.max_steps)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:76], 1.0)
+    np.testing.assert_allclose(rates[75:], np.arange(25, 0, -1) / 25)
+
+
+def test_the_loss_on_the_mixture_is_that_of_validation(whole):
+    folder, record = whole
+    base = load_base(str(folder))
+    losses = mixture_loss(base, n_per_family=QUICK.batch_size, length=QUICK.max_length)
+    assert losses == pytest.approx(record["loss_by_family"], rel=1e-6)
+    with torch.no_grad():
+        base.model.lm_head.bias[15] += 5.0
+    assert all(loss > losses[name] for name, loss in mixture_loss(base, QUICK.batch_size, QUICK.max_length).items())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_other_settings_do_not_resume(tmp_path):
+    _run(tmp_path, stop_after=0.0)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"started with other settings \(learning_rate, seed\); give the same ones"):
+        _run(tmp_path, replace(QUICK, learning_rate=2e-2, seed=1), resume=True)
+    with pytest.raises(UserError, match="holds a run that was stopped; add --resume or delete it"):
+        _run(tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_nothing_to_resume_and_nothing_overwritten(whole, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume, leave --resume out"):
+        _run(tmp_path / "none", resume=True)
+    before = sha256_file(whole[0] / "model.safetensors")
+    with pytest.raises(UserError, match="holds a model; choose another folder or delete it"):
+        _run(whole[0], replace(QUICK, seed=2))
+    assert sha256_file(whole[0] / "model.safetensors") == before

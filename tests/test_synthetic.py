@@ -1,0 +1,124 @@
+"""The pre-training mixture: no predator–prey system in it, repeatable, sound and varied."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+from m2helpers.synthetic import FAMILIES, draw_series, draw_texts
+from m2helpers.text import Codec
+
+NAMES = {
+    "anharmonic_oscillator",
+    "brusselator",
+    "damped_oscillations",
+    "delayed_feedback",
+    "duffing",
+    "epidemic",
+    "exponential_oscillations",
+    "fitzhugh_nagumo",
+    "glycolysis",
+    "growth_and_decay",
+    "limit_cycle_normal_form",
+    "linear_systems",
+    "lorenz",
+    "modulated_oscillations",
+    "noise_with_memory",
+    "pendulum",
+    "products",
+    "repressilator",
+    "rossler",
+    "smooth_random",
+    "steps_and_spikes",
+    "trend_and_season",
+    "two_species_competition",
+    "van_der_pol",
+}
+PREDATOR_PREY = r"predat|prey|lotka|volterra|rosenzweig|macarthur|holling|leslie|gower|consumer|lynx|hare\b"
+
+
+def _steps(text, precision):
+    """Whole steps of a text that may begin inside a number: (steps, variables), and what is left at its end."""
+    whole = text.partition(";")[2]
+    n_variables = whole.partition(";")[0].count(",") + 1
+    decoded = Codec(1.0, precision).decode(whole, n_variables)
+    return decoded.values, whole[decoded.stop :]
+
+
+def test_the_mixture_is_these_families_and_none_is_a_predator_prey_system():
+    assert set(FAMILIES) == NAMES and len(FAMILIES) >= 16
+    for name, function in FAMILIES.items():
+        assert not re.search(PREDATOR_PREY, inspect.getsource(function), re.IGNORECASE), name
+
+
+def test_competitors_only_ever_harm_each_other():
+    """The one family of two species: neither gains from the other, so it is no predator–prey system in disguise."""
+    source = inspect.getsource(FAMILIES["two_species_competition"])
+    assert "speed * s * (1 - s - pressure * s[::-1])" in source and "uniform(0.3, 1.6" in source
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_family_yields_finite_and_varied_series(name):
+    series = draw_series(np.random.default_rng(3), 12, 80, name)
+    assert len(series) == 12
+    for values in series:
+        assert values.shape[0] == 80 and values.shape[1] in (1, 2, 3)
+        assert np.isfinite(values).all() and np.abs(values).max() < 1000
+        assert (np.ptp(values, axis=0) > 0).all()
+    first = [values[:, 0] for values in series]
+    assert len({column.tobytes() for column in first}) == 12  # twelve different series
+
+
+def test_one_seed_draws_one_mixture():
+    assert draw_texts([4, 1], 48, 60) == draw_texts([4, 1], 48, 60)
+    assert not set(draw_texts([4, 1], 48, 60)) & set(draw_texts([4, 2], 48, 60))
+
+
+@pytest.mark.parametrize("precision", [0, 1, 2, 3])
+def test_texts_follow_the_grammar(precision):
+    texts = draw_texts([0], 48, 200, precision=precision)
+    assert len(texts) == 48 and max(map(len, texts)) == 200
+    for text in texts:
+        values, rest = _steps(text, precision)
+        assert len(values) >= 2, text
+        assert ";" not in rest and re.fullmatch(r"(-?\d*\.?\d*,?)*", rest), text  # a last step cut short, no more
+
+
+def test_the_mixture_has_one_to_three_variables_mostly_two():
+    texts = draw_texts([1], 480, 200, precision=2)
+    counts = np.bincount([_steps(text, 2)[0].shape[1] for text in texts], minlength=5) / len(texts)
+    assert counts[0] == counts[4] == 0
+    assert 0.05 < counts[1] < 0.2 and counts[2] > 0.6 and 0.08 < counts[3] < 0.25
+
+
+def test_the_mixture_has_several_precisions_mostly_two_decimals():
+    texts = draw_texts([1], 480, 200)
+    decimals = [max(len(re.match(r"\d*", part)[0]) for part in text.split(".")[1:-1] or [""]) for text in texts]
+    shares = np.bincount(decimals, minlength=5) / len(texts)
+    assert shares[2] > 0.75 and min(shares[0], shares[1], shares[3]) > 0.005 and shares[4:].sum() == 0
+
+
+def test_negative_values_occur_and_are_the_exception():
+    texts = draw_texts([1], 480, 200)
+    share = np.mean(["-" in text for text in texts])
+    assert 0.05 < share < 0.5
+
+
+def test_half_the_texts_begin_where_their_series_does():
+    """The others begin anywhere, even inside a number, as the contexts of protocol P5 do."""
+    texts = draw_texts([1], 480, 100, precision=2)
+    whole = np.mean([bool(re.match(r"-?(0|[1-9]\d*)\.\d\d[,;]", text)) for text in texts])
+    assert 0.5 < whole < 0.9  # one in five or so of those that begin anywhere begins a number, too
+
+
+def test_families_have_equal_shares(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "m2helpers.synthetic.draw_series",
+        lambda rng, n, steps, name: calls.append((name, n)) or [np.ones((steps, 1))] * n,
+    )
+    assert len(draw_texts([0], 100, 50)) == 100
+    assert {name for name, _ in calls} == NAMES and {n for _, n in calls} == {5}
+    calls.clear()
+    assert len(draw_texts([0], 7, 50, family="lorenz")) == 7 and calls == [("lorenz", 7)]
