@@ -103,6 +103,18 @@ def plot_per_step(ax: Axes, results: Mapping[str, Result], colours: Mapping[str,
     ax.set(xlabel="steps ahead", ylabel="mean absolute error\n(population units)", yscale="log")
 
 
+def plot_horizons(panels: Mapping[str, Mapping[str, Result]]) -> Figure:
+    """`plot_per_step` of several protocols side by side, title → stage or baseline → result, with one legend."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
+    for ax, (title, results) in zip(axes.flat, panels.items(), strict=True):
+        plot_per_step(ax, results, STAGES | BASELINES)
+        ax.set_title(title, loc="left", fontsize="medium")
+        ax.label_outer()
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, fontsize="small")
+    return figure
+
+
 def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: Mapping[str, str]) -> None:
     """P5 error against context length, with 95 % intervals, one line for each model."""
     for name, rows in results.items():

@@ -14,7 +14,6 @@ from .flops import forward_account
 
 PUBLISHED_STEPS = (8.00e12, 7.04e12, 6.76e12, 5.94e12)  # FLOPs a training step
 PUBLISHED_P5_SHARE = 0.162  # of the cap, billed for one P5 table over the test split of the course's file
-PUBLISHED_P5_WINDOWS = {128: 400, 512: 200, 768: 100}  # context in tokens → windows in that table
 ATTENTION = ("attention scores", "scale and mask", "softmax", "attention values")
 DIFFERENCES = {
     "multi-head": "grouped-query attention counted as multi-head",

@@ -34,6 +34,7 @@ PUBLISHED_L50 = {
     "one write-up: 49 of 50 parsed": {"overall": 0.203, "prey": 0.217, "predator": 0.189},
     "the same author's final run": {"overall": 0.974},
 }
+PUBLISHED_TRAINABLE = 242_688  # parameters, for LoRA on q and v of Qwen2.5-0.5B, in one of the same write-ups
 
 
 def recorded_base(stage: str = "initial") -> str:

@@ -69,6 +69,7 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, float, int]:
         store_widget_state=False,  # the ids of widgets are random
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"],  # of the kernel, whose remarks would break up the progress shown
     )
     started = time.perf_counter()
     with client.setup_kernel():
