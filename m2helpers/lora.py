@@ -61,6 +61,7 @@ class LoraLinear(nn.Module):
         self.scaling = settings.lora_alpha / rank
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.train(base.training)  # a new module would drop out, in a model that is being evaluated
         self._unmerged: torch.Tensor | None = None  # the base's own weight while the update is merged into it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,7 @@ def test_the_output_is_the_bases_at_start(tiny_base):
     plain = _logits(tiny_base(head_bias=False).model)
     model = apply_lora(tiny_base().model, replace(SETTINGS, target_modules=ALL_LINEAR))
     assert len(list(lora_layers(model))) == 2 * 7
+    assert not any(module.training for module in model.modules())  # no dropout: the base was in evaluation mode
     assert torch.equal(_logits(model), plain)
 
 
