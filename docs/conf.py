@@ -49,6 +49,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # types here are prose ("array (n, v)"), not names to be linked
 napoleon_use_rtype = False
 
 html_theme = "furo"
@@ -79,6 +80,13 @@ def _visit_block(translator, node) -> None:
     raise nodes.SkipNode
 
 
+def _link_to_pages(app, docname, source) -> None:
+    """Notebooks stand in notebooks/ beside docs/, and here inside it: their links to pages lose that step."""
+    if docname.startswith("notebooks/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", _link_to_pages)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))

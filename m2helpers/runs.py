@@ -106,9 +106,9 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
         If the folder is not a finished run, or its base has changed since.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: not a run folder (no config.json); give one that 'train' wrote")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "settings_sha256" not in config:  # a base has a config.json as well
+        raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
     if (folder / STATE_NAME).exists():
         raise UserError(f"{folder}: this run is not finished; go on with 'train --resume --output-dir {folder}'")
     if not (folder / "history.csv").exists():

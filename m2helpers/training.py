@@ -176,11 +176,11 @@ def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[
     ids, mask = (torch.from_numpy(a).to(base.model.device) for a in left_pad(batch, base.pad_id))  # (batch, length)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
     attention = None if bool(mask.all()) else mask
-    hidden = base.model.model(
+    hidden = base.model.base_model(
         input_ids=ids, attention_mask=attention, position_ids=positions
     ).last_hidden_state  # (batch, length, hidden)
     scored = (mask[:, :-1] == 1) & (mask[:, 1:] == 1)  # a prediction needs a real token before it and one to be
-    logits = base.model.lm_head(hidden[:, :-1][scored])  # (scored tokens, vocab)
+    logits = base.model.get_output_embeddings()(hidden[:, :-1][scored])  # (scored tokens, vocab)
     return F.cross_entropy(logits.float(), ids[:, 1:][scored]), tuple(ids.shape)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from m2helpers.files import UserError
 from m2helpers.flops import generation_flops
-from m2helpers.forecasting import forecast, generate, sample_forecasts
+from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
 from m2helpers.lora import LoraSettings, apply_lora
 from m2helpers.text import Codec
 
@@ -22,7 +22,7 @@ def base(tiny_base):
     with torch.no_grad():
         base.model.lm_head.bias.fill_(-100)
         base.model.lm_head.bias[ids] = 0
-        base.model.lm_head.bias[26] = 3
+        base.model.lm_head.bias[26] = 4
     return base
 
 
@@ -56,10 +56,10 @@ def test_cached_decoding_writes_what_uncached_does(base):
 
 @pytest.mark.parametrize("batch_size", [2, 4, 50])
 def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
-    assert _texts(base, batch_size=batch_size) == _texts(base, batch_size=1)
+    alone = _texts(base, batch_size=1)
+    assert _texts(base, batch_size=batch_size) == alone
     order = [3, 0, 5, 1, 4, 2]
-    shuffled = _texts(base, [CONTEXTS[i] for i in order], batch_size=batch_size)
-    assert shuffled == [_texts(base, batch_size=1)[i] for i in order]
+    assert _texts(base, [CONTEXTS[i] for i in order], batch_size=batch_size) == [alone[i] for i in order]
 
 
 def test_greedy_decoding_is_that_of_transformers(base):
@@ -104,11 +104,11 @@ def test_a_row_without_separators_stops_at_the_limit_and_is_invalid(base):
 
 
 def test_a_row_may_stop_while_another_goes_on_to_the_limit(base):
-    """One row is at its end at once, one never writes a separator: neither disturbs the other."""
-    with torch.no_grad():  # after a digit a `;`, after anything else a `.`: "1" ends, "." goes on for ever
-        embedding = base.model.model.embed_tokens.weight
-        embedding[26] = 50 * embedding[16]
+    """Some rows end at once, others never write a separator: neither disturbs the other."""
+    _bias(base, 26, 1)
     alone = [_texts(base, [c], n_steps=1)[0] for c in CONTEXTS]
+    lengths = [len(text) for text in alone]
+    assert min(lengths) < 8 and max(lengths) == 16 and len(set(lengths)) > 2, lengths
     assert _texts(base, n_steps=1) == alone
 
 
@@ -123,8 +123,6 @@ def test_a_forecast_has_the_steps_that_parse_and_no_more(base, monkeypatch):
     texts = ["1.00,2.00;3.00,4.00;", "1.00,2.00;x;", "", "1.00,2.00;3.00,4.00;5.00,6.00;"]
 
     def fake(base, codec, contexts, *_, **__):
-        from m2helpers.forecasting import Generated
-
         return [Generated(text, 7) for text in texts[: len(contexts)]]
 
     monkeypatch.setattr("m2helpers.forecasting.generate", fake)
@@ -172,8 +170,6 @@ def test_samples_follow_the_seed(base):
 
 
 def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
-    from m2helpers.forecasting import Generated
-
     texts = ["1.00,2.00;", "1.00;", "3.00,4.00;"]
     monkeypatch.setattr("m2helpers.forecasting.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
     drawn = sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)

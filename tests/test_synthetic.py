@@ -38,6 +38,16 @@ NAMES = {
 PREDATOR_PREY = r"predat|prey|lotka|volterra|rosenzweig|macarthur|holling|leslie|gower|consumer|lynx|hare\b"
 
 
+@pytest.fixture(scope="module")
+def two_decimals():
+    return draw_texts([1], 480, 120, precision=2)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return draw_texts([1], 480, 120)
+
+
 def _steps(text, precision):
     """Whole steps of a text that may begin inside a number: (steps, variables), and what is left at its end."""
     whole = text.partition(";")[2]
@@ -85,30 +95,26 @@ def test_texts_follow_the_grammar(precision):
         assert ";" not in rest and re.fullmatch(r"(-?\d*\.?\d*,?)*", rest), text  # a last step cut short, no more
 
 
-def test_the_mixture_has_one_to_three_variables_mostly_two():
-    texts = draw_texts([1], 480, 200, precision=2)
-    counts = np.bincount([_steps(text, 2)[0].shape[1] for text in texts], minlength=5) / len(texts)
+def test_the_mixture_has_one_to_three_variables_mostly_two(two_decimals):
+    counts = np.bincount([_steps(text, 2)[0].shape[1] for text in two_decimals], minlength=5) / len(two_decimals)
     assert counts[0] == counts[4] == 0
     assert 0.05 < counts[1] < 0.2 and counts[2] > 0.6 and 0.08 < counts[3] < 0.25
 
 
-def test_the_mixture_has_several_precisions_mostly_two_decimals():
-    texts = draw_texts([1], 480, 200)
-    decimals = [max(len(re.match(r"\d*", part)[0]) for part in text.split(".")[1:-1] or [""]) for text in texts]
-    shares = np.bincount(decimals, minlength=5) / len(texts)
+def test_the_mixture_has_several_precisions_mostly_two_decimals(mixed):
+    decimals = [max(len(re.match(r"\d*", part)[0]) for part in text.split(".")[1:-1] or [""]) for text in mixed]
+    shares = np.bincount(decimals, minlength=5) / len(mixed)
     assert shares[2] > 0.75 and min(shares[0], shares[1], shares[3]) > 0.005 and shares[4:].sum() == 0
 
 
-def test_negative_values_occur_and_are_the_exception():
-    texts = draw_texts([1], 480, 200)
-    share = np.mean(["-" in text for text in texts])
+def test_negative_values_occur_and_are_the_exception(mixed):
+    share = np.mean(["-" in text for text in mixed])
     assert 0.05 < share < 0.5
 
 
-def test_half_the_texts_begin_where_their_series_does():
+def test_half_the_texts_begin_where_their_series_does(two_decimals):
     """The others begin anywhere, even inside a number, as the contexts of protocol P5 do."""
-    texts = draw_texts([1], 480, 100, precision=2)
-    whole = np.mean([bool(re.match(r"-?(0|[1-9]\d*)\.\d\d[,;]", text)) for text in texts])
+    whole = np.mean([bool(re.match(r"-?(0|[1-9]\d*)\.\d\d[,;]", text)) for text in two_decimals])
     assert 0.5 < whole < 0.9  # one in five or so of those that begin anywhere begins a number, too
 
 

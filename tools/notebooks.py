@@ -66,7 +66,6 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, float, int]:
         kernel_name="python3",
         timeout=CELL_TIMEOUT,
         record_timing=False,
-        store_widget_state=False,  # the ids of widgets are random
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--log-level=ERROR"],  # of the kernel, whose remarks would break up the progress shown
@@ -86,7 +85,7 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, float, int]:
         notebook.cells.append(probe)
         client.execute_cell(probe, len(notebook.cells) - 1)
         notebook.cells.pop()
-    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.metadata = nbformat.from_dict(METADATA)  # the state of widgets, full of random ids, is left out
     return notebook, seconds, int(probe.outputs[0]["text"])
 
 
