@@ -28,9 +28,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
-def _integrate(
-    field, state: np.ndarray, period: float | np.ndarray, rng: np.random.Generator, steps: int, substeps: int = 6
-):
+def _integrate(field, state: np.ndarray, period, rng: np.random.Generator, steps: int, substeps: int = 6) -> np.ndarray:
     """Fourth-order Runge–Kutta for many systems at once, at a sampling rate drawn for each.
 
     Parameters
@@ -38,7 +36,7 @@ def _integrate(
     field : callable
         Takes and returns (dimensions, n).
     state : (dimensions, n)
-    period : float or (n,)
+    period : float or array (n,)
         The systems' typical period in their own time, so that cycles take between 5 and 70 samples.
 
     Returns
@@ -71,9 +69,8 @@ def _phase(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
 def damped_oscillations(rng, n, steps):
     """Two sinusoids of one period, apart in phase, that die away (or, rarely, grow), with a harmonic."""
     phase = _phase(rng, n, steps)
-    envelope = np.exp(
-        -rng.choice([0, 1, 1, 1, -0.2], (n, 1)) * _log_uniform(rng, 0.003, 0.04, (n, 1)) * np.arange(steps)
-    )
+    rate = -rng.choice([0, 1, 1, 1, -0.2], (n, 1)) * _log_uniform(rng, 0.003, 0.04, (n, 1))
+    envelope = np.exp(rate * np.arange(steps))
     lag, harmonic = rng.uniform(0.3, 2.8, (n, 1)), rng.uniform(0, 0.4, (n, 1))
     waves = [envelope * (np.sin(p) + harmonic * envelope * np.sin(2 * p)) for p in (phase, phase - lag)]
     return np.stack(waves, axis=-1)
@@ -107,14 +104,8 @@ def linear_systems(rng, n, steps):
 def van_der_pol(rng, n, steps):
     """Relaxation oscillator (van der Pol 1926)."""
     mu = _log_uniform(rng, 0.05, 4, n)
-    return _integrate(
-        lambda s: np.stack([s[1], mu * (1 - s[0] ** 2) * s[1] - s[0]]),
-        rng.uniform(-2, 2, (2, n)),
-        6.3 + 1.6 * mu,
-        rng,
-        steps,
-        12,
-    )
+    field = lambda s: np.stack([s[1], mu * (1 - s[0] ** 2) * s[1] - s[0]])  # noqa: E731
+    return _integrate(field, rng.uniform(-2, 2, (2, n)), 6.3 + 1.6 * mu, rng, steps, 12)
 
 
 @_family
@@ -191,9 +182,8 @@ def repressilator(rng, n, steps):
 def two_species_competition(rng, n, steps):
     """Two species that compete for the same food (never one that eats the other)."""
     pressure, speed = rng.uniform(0.3, 1.6, (2, n)), rng.uniform(0.4, 1, (2, n))
-    return _integrate(
-        lambda s: speed * s * (1 - s - pressure * s[::-1]), rng.uniform(0.02, 1.5, (2, n)), 12.0, rng, steps
-    )
+    field = lambda s: speed * s * (1 - s - pressure * s[::-1])  # noqa: E731
+    return _integrate(field, rng.uniform(0.02, 1.5, (2, n)), 12.0, rng, steps)
 
 
 @_family
@@ -206,9 +196,8 @@ def epidemic(rng, n, steps):
         return np.stack([waning * s[2] - infection, infection - s[1], s[1] - waning * s[2]])
 
     infected = _log_uniform(rng, 1e-3, 0.2, n)
-    return _integrate(
-        field, np.stack([1 - infected, infected, np.zeros(n)]), 9 / np.sqrt(waning * (contact - 1)), rng, steps, 10
-    )
+    start = np.stack([1 - infected, infected, np.zeros(n)])
+    return _integrate(field, start, 9 / np.sqrt(waning * (contact - 1)), rng, steps, 10)
 
 
 @_family
@@ -258,11 +247,8 @@ def smooth_random(rng, n, steps):
 def growth_and_decay(rng, n, steps):
     """Saturating growth, its mirror image, and relaxation with different rates."""
     t = np.arange(steps) / steps
-    rate, middle, power = (
-        _log_uniform(rng, 3, 40, (n, 1)),
-        rng.uniform(0, 0.8, (n, 1)),
-        _log_uniform(rng, 0.3, 3, (n, 1)),
-    )
+    rate, middle = _log_uniform(rng, 3, 40, (n, 1)), rng.uniform(0, 0.8, (n, 1))
+    power = _log_uniform(rng, 0.3, 3, (n, 1))
     logistic = (1 + np.exp(-rate * (t - middle))) ** -power
     return np.stack([logistic, np.exp(-rate * t / 3), t**power], axis=-1)
 
@@ -325,9 +311,8 @@ def _dress(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     while len(columns) < n_variables or rng.random() < 0.1:  # a mixture as a further variable
         columns.insert(0, np.clip(x @ rng.dirichlet(np.ones(x.shape[1])), 0, 1))
     y = np.stack([c if rng.random() < 0.8 else 1 - c for c in columns[:n_variables]], axis=1)  # (steps, variables)
-    y = y + rng.choice([0, 0.02, 0.1, 0.5], (1, n_variables)) * rng.random(
-        (1, n_variables)
-    )  # how far lows stay off zero
+    low = rng.choice([0, 0.02, 0.1, 0.5], (1, n_variables))  # how far lows stay off zero, at most
+    y = y + low * rng.random((1, n_variables))
     if rng.random() < 0.15:
         y = y - rng.random((1, n_variables))  # negative values too
     if rng.random() < 0.12:

@@ -91,6 +91,23 @@ def test_ode_fit_from_a_short_context_beats_the_other_baselines():
     assert errors["ODE fit"] < min(errors["last value"], errors["vector autoregression"]) / 2
 
 
+def test_ode_fit_tries_further_starts_only_where_the_first_misfits(monkeypatch):
+    costs = []
+
+    def recorded(residuals, start):
+        fit = minimise(residuals, start)
+        costs.append(fit.cost)
+        return fit
+
+    minimise = baselines._minimise
+    monkeypatch.setattr(baselines, "_minimise", recorded)
+    ode_fit(reference(20), 1, DT)
+    assert len(costs) == 1 and costs[0] < 20
+    costs.clear()
+    ode_fit(np.random.default_rng(0).uniform(0.5, 3, (6, 2)), 1, DT)
+    assert len(costs) == 3 and min(costs) > 6
+
+
 def test_ode_fit_uses_dt():
     context = reference(40)
     half = ode_fit(context, 5, DT / 2)  # the same numbers twice as fast: other rates, the same continuation

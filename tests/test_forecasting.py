@@ -105,7 +105,7 @@ def test_a_row_without_separators_stops_at_the_limit_and_is_invalid(base):
 
 def test_a_row_may_stop_while_another_goes_on_to_the_limit(base):
     """Some rows end at once, others never write a separator: neither disturbs the other."""
-    _bias(base, 26, 1)
+    _bias(base, 26, 3)
     alone = [_texts(base, [c], n_steps=1)[0] for c in CONTEXTS]
     lengths = [len(text) for text in alone]
     assert min(lengths) < 8 and max(lengths) == 16 and len(set(lengths)) > 2, lengths

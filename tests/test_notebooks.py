@@ -12,7 +12,9 @@ from tools import notebooks
 def _notebook(path, *sources):
     cells = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"version": "1.2.3"}}), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python", "version": "1"}}), path
+    )
     return path
 
 
