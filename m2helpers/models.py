@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .files import UserError, sha256_file
 
@@ -82,7 +83,7 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         architectures = AutoConfig.from_pretrained(folder).architectures or [""]
-        if not architectures[0].endswith("ForCausalLM"):
+        if architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise UserError(
                 f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
             )

@@ -99,7 +99,8 @@ def plot_per_step(ax: Axes, results: Mapping[str, Result], colours: Mapping[str,
     for name, result in results.items():
         if result.per_step_mae is not None:
             steps = np.arange(1, len(result.per_step_mae) + 1)
-            ax.plot(steps, result.per_step_mae, "o-", ms=3, label=name, color=colours[name])
+            above = 3 if name in STAGES else 2  # a model is never hidden by a baseline
+            ax.plot(steps, result.per_step_mae, "o-", ms=3, label=name, color=colours[name], zorder=above)
     ax.set(xlabel="steps ahead", ylabel="mean absolute error\n(population units)", yscale="log")
 
 
@@ -132,6 +133,7 @@ def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: 
             capsize=3,
             label=name,
             color=colours[name],
+            zorder=3 if name in STAGES else 2,
         )
     contexts = sorted({row.context for rows in results.values() for row in rows})
     ax.set(xlabel="context (tokens)", ylabel="mean absolute error\n(population units)", yscale="log", xticks=contexts)
@@ -157,7 +159,8 @@ def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result
                 ax.plot([row.context for row in rows], errors, "o", ms=4, **line)
     contexts = sorted({row.context for rows in results.values() for row in rows})
     for ax, unit in zip(axes, ("population units", "% of standard deviation"), strict=True):
-        ax.set(xlabel="context (tokens)", ylabel=f"mean absolute error\n({unit})", yscale="log", xticks=contexts)
+        ax.set(xlabel="context (tokens)", ylabel=f"mean absolute error\n({unit})", xticks=contexts)
+        ax.set_ylim(bottom=0)
 
 
 def plot_by_family(ax: Axes, losses: Mapping[str, Mapping[str, float]]) -> None:

@@ -145,6 +145,12 @@ def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance
     return pd.DataFrame(rows)
 
 
+def verdict(change: tuple[float, float, float]) -> str:
+    """A `paired_change` in words: an interval on one side of zero is a difference, any other is not."""
+    _, low, high = change
+    return "better" if high < 0 else "worse" if low > 0 else "no clear difference"
+
+
 def extremes(result: Result) -> dict[str, int]:
     """Which windows have the smallest, the median and the largest error: ``best``, ``median``, ``worst`` → position."""
     valid = [i for i, error in enumerate(result.window_mae) if error is not None]

@@ -154,6 +154,11 @@ def train_lora(
     return TrainResult(model.eval(), history)
 
 
+def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
+    """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables)."""
+    return _validate(base, TrainSettings(), _windows(trajectories, codec, base, length), lambda shape: 0)[0]
+
+
 def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) -> list[np.ndarray]:
     """Token ids of consecutive windows, the last of each series as short as it must be (one token predicts nothing)."""
     series = tokenise([codec.encode(values) for values in trajectories], base.tokenizer)

@@ -19,8 +19,6 @@ def _notebook(path, *sources):
 
 
 def test_copy_has_outputs_and_nothing_that_varies(tmp_path, capsys, monkeypatch):
-    for name in notebooks.ENVIRONMENT:
-        monkeypatch.setenv(name, "")
     monkeypatch.setenv("M2_MODEL", "passed through")
     source = "import os, pathlib\nfrom tqdm.auto import tqdm\nprint(*tqdm([1, 2]), os.environ['M2_MODEL'], pathlib.Path.cwd().name)"
     path = _notebook(tmp_path / "a folder" / "1_first.ipynb", source, "1 + 1")

@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 COSTS = ROOT / "docs" / "notebook_costs.json"
 CELL_TIMEOUT = 1800  # seconds; pytest --nbval has a limit like it
 # No progress bar and no warning of a library lands in an output; conftest.py gives pytest --nbval the same.
-ENVIRONMENT = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_TELEMETRY": "1"}
+ENVIRONMENT = {
+    "TQDM_DISABLE": "1",
+    "QT_API": "",  # tells tqdm.auto that this is a console: its notebook widget does not heed TQDM_DISABLE
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
@@ -69,7 +75,7 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, float, int]:
         extra_arguments=["--log-level=ERROR"],  # of the kernel, whose remarks would break up the progress shown
     )
     started = time.perf_counter()
-    with client.setup_kernel():
+    with client.setup_kernel(env=os.environ | ENVIRONMENT):
         for index, cell in enumerate(list(notebook.cells)):
             try:
                 client.execute_cell(cell, index)
@@ -102,7 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--output-dir", type=Path, metavar="DIR", help="write executed copies there")
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all, in order")
     options = parser.parse_args(arguments)
-    os.environ.update(ENVIRONMENT)
     paths = options.notebooks or find_notebooks()
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.name} … ", end="", flush=True)
