@@ -1,6 +1,7 @@
 """Sphinx settings of the report site. Nothing is executed here: the notebooks come with their outputs."""
 
 import os
+import re
 from pathlib import Path
 
 import pypandoc
@@ -63,6 +64,7 @@ copybutton_exclude = ".linenos, .gp, .prompt"
 def _mathml(node: nodes.Element, *, block: bool) -> str:
     """A formula as MathML, which browsers draw themselves: no script, no other site."""
     tex = node.astext().strip().strip("$")
+    tex = re.sub(r"\\[bB]igg?(?![a-zA-Z])", "", tex)  # unknown to the converter; MathML's brackets grow by themselves
     try:
         return tex2mathml(tex, as_block=block)
     except MathError as error:
@@ -86,7 +88,14 @@ def _link_to_pages(app, docname, source) -> None:
         source[0] = source[0].replace("](../docs/", "](../")
 
 
+def _keep_colons(app, what, name, obj, options, lines) -> None:
+    """In an attribute's first line napoleon takes what stands before a colon for a type: give it an empty one."""
+    if what == "attribute":
+        lines.insert(0, "")
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon's 500
     app.connect("source-read", _link_to_pages)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))

@@ -93,7 +93,8 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
                 change, low, high = paired_change(result, against)
                 row[f"change against {reference}"] = f"{change:+.0f} % ({low:+.0f} to {high:+.0f})"
             rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    table = pd.DataFrame(rows)
+    return table.astype({column: object for column in table if table[column].isna().any()}).fillna("")
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[str] = ()) -> pd.DataFrame:

@@ -1,13 +1,17 @@
 """Decoding: cached as uncached, batched as alone, as `transformers` does it, and what happens when it goes wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from m2helpers.files import UserError
 from m2helpers.flops import generation_flops
 from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
 from m2helpers.lora import LoraSettings, apply_lora
+from m2helpers.models import add_head_bias
 from m2helpers.text import Codec
 
 CODEC = Codec(1.0)
@@ -60,6 +64,20 @@ def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
     assert _texts(base, batch_size=batch_size) == alone
     order = [3, 0, 5, 1, 4, 2]
     assert _texts(base, [CONTEXTS[i] for i in order], batch_size=batch_size) == [alone[i] for i in order]
+
+
+def test_a_batch_of_a_model_with_absolute_positions_is_as_alone(base, monkeypatch):
+    """GPT-2 learns a vector for each position, so padding must not move a token to another one."""
+    monkeypatch.setattr("m2helpers.forecasting.generation_flops", lambda *_: 0)  # slow to count, and not asked here
+    _bias(base, 26, 0)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=128, initializer_range=0.3)
+    other = replace(base, model=add_head_bias(GPT2LMHeadModel(config).eval()))
+    with torch.no_grad():
+        other.model.lm_head.bias.copy_(base.model.lm_head.bias)
+    alone = _texts(other, n_steps=1, batch_size=1)
+    assert len(set(alone)) > 2 and len("".join(alone)) > 20
+    assert _texts(other, n_steps=1) == alone
 
 
 def test_greedy_decoding_is_that_of_transformers(base):

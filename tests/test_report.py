@@ -57,3 +57,41 @@ def test_results_table_shows_invalid_forecasts_and_changes():
     assert list(table["valid"]) == ["2 of 2", "2 of 2", "0 of 2"]
     assert table["change against untrained"][1].startswith("-50 %")
     assert table["MAE"][2] == ""  # nothing is made up for a model with no valid forecast
+
+
+def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
+    table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
+    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200)", "no valid forecast", "0.0726"]
+    assert "not run here" in table.index[2]
+
+
+def test_live_agreement_counts_windows_and_refuses_other_data():
+    recorded = [make_result(0.2, window_mae=[0.2, None, 0.4], series=[0, 1, 2])]
+    live = [make_result(0.2, n=2, window_mae=[0.2005, None])]
+    (row,) = report.live_agreement(live, recorded).to_dict("records")
+    assert (row["windows"], row["agree"]) == (2, 2)
+    live = [make_result(0.2, n=2, window_mae=[0.3, 0.2])]
+    assert report.live_agreement(live, recorded)["agree"][0] == 0
+    with pytest.raises(UserError, match="other data than was loaded"):
+        report.live_agreement([make_result(0.2, data_sha256="other")], recorded)
+
+
+def test_extremes_leave_invalid_windows_out():
+    result = make_result(0.2, window_mae=[0.3, None, 0.1, 0.2])
+    assert report.extremes(result) == {"best": 2, "median": 3, "worst": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [((-5, -9, -1), "better"), ((5, 1, 9), "worse"), ((-5, -9, 1), "no clear difference")]
+)
+def test_verdict_needs_an_interval_clear_of_zero(change, words):
+    assert report.verdict(change) == words
+
+
+def test_recorded_base_falls_back_to_embedded(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2_MODEL", "someone/model")
+    monkeypatch.setattr(report, "checkpoint_folder", lambda base: tmp_path)
+    assert report.recorded_base("initial") == "embedded"
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial" / "metrics.json").write_text("[]")
+    assert report.recorded_base("initial") == "someone/model"

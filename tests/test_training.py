@@ -173,6 +173,29 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     assert val_loss == result.history["val_loss"].min()
 
 
+def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
+    """The best validation was before the stop, and nothing after it was better."""
+    losses, seen = iter([1.0, 2.0, 3.0, 4.0]), []
+
+    def validate(base, *_):
+        seen.append(_weights(base.model))
+        return next(losses), 0
+
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    save = training.save_state
+    monkeypatch.setattr(training, "_validate", validate)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(QUICK, tmp_path)
+    result = train(QUICK, tmp_path, resume=True)
+    assert result.history["val_loss"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert _same(_weights(result.model), seen[0])
+    assert _same(_weights(load_run(tmp_path, merged=False).base.model), seen[0])
+
+
 def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_loss", lambda base, batch: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
     with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
@@ -370,6 +393,19 @@ def test_padding_changes_no_loss(tiny_base):
         apart = [training._loss(base, [window])[0].item() for window in batch]
     assert shape == (4, 33)
     assert together.item() == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in batch]), rel=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_tokens(tiny_base):
+    """Whatever the batches: seven windows of different lengths in batches of three."""
+    base = tiny_base()
+    rng = np.random.default_rng(0)
+    validation = [rng.integers(10, 27, n) for n in (5, 40, 17, 2, 30, 9, 21)]
+    with torch.no_grad():
+        apart = [training._loss(base, [window])[0].item() for window in validation]
+    base.model.train()
+    val_loss, spent = training._validate(base, QUICK, validation, lambda shape: 1000 * shape[0] + shape[1])
+    assert val_loss == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in validation]), rel=1e-5)
+    assert spent == 7000 + 9 + 30 + 40  # the longest of each batch, shortest windows first
 
 
 def test_padding_changes_no_gradient(tiny_base):
