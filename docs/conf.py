@@ -89,9 +89,9 @@ def _link_to_pages(app, docname, source) -> None:
 
 
 def _keep_colons(app, what, name, obj, options, lines) -> None:
-    """In an attribute's first line napoleon takes what stands before a colon for a type: give it an empty one."""
+    """In an attribute's first line napoleon takes what stands before a colon for a type: give it a comment."""
     if what == "attribute":
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]
 
 
 def setup(app) -> None:

@@ -93,7 +93,7 @@ def test_parameters_stay_in_their_ranges_and_are_correlated_as_stated():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(UserError, match="systems 0.*at least 1 system"):
+    with pytest.raises(UserError, match=r"systems 0.*at least 1 system"):
         SimulatorSettings(systems=0)
 
 
@@ -322,5 +322,5 @@ def test_read_series_refuses_other_files(tmp_path):
     (tmp_path / "own.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match="cannot be read as CSV"):
         read_series(tmp_path / "own.csv")
-    with pytest.raises(UserError, match="own.h5: uneven time"):
+    with pytest.raises(UserError, match=r"own.h5: uneven time"):
         read_series(_write(tmp_path / "own.h5", trajectories=np.ones((1, 4, 1)), time=np.array([0, 1, 3, 4.0])))

@@ -148,6 +148,12 @@ def test_padding_changes_no_loss():
     assert together == pytest.approx(np.average(apart, weights=[len(row) - 1 for row in ids]), rel=1e-5)
 
 
+def test_no_text_is_seen_twice():
+    """Eight steps are two blocks of texts: the second is another one."""
+    rows = [row.tobytes() for step in range(8) for row in pretraining._batch(QUICK, step, embedded_tokenizer())[0]]
+    assert len(rows) == len(set(rows)) == 16
+
+
 def test_the_rate_warms_up_stays_and_falls():
     settings = PretrainSettings(
         tokens=100, batch_size=1, max_length=1, warmup_steps=10, decay_fraction=0.25, learning_rate=1.0
