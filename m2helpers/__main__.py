@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"m2helpers {options.command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a file that cannot be written, a full disk
+        print(
+            f"m2helpers {options.command}: {error.filename}: {error.strerror}; check the name and the disk",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(
             f"m2helpers {options.command}: stopped; commands that have --resume go on from the last save",

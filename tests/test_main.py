@@ -72,6 +72,13 @@ def test_a_users_mistake_is_one_line_and_status_1(tmp_path, capsys):
     assert message.startswith(f"m2helpers encode: {missing}: no such file") and message.count("\n") == 1
 
 
+def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["simulate", "--systems", "10", "--out", str(tmp_path / "file" / "data.h5")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("m2helpers simulate: ") and message.count("\n") == 1
+
+
 def test_wrong_usage_is_status_2():
     finished = subprocess.run([sys.executable, "-m", "m2helpers", "forecast"], capture_output=True, text=True)
     assert finished.returncode == 2 and "required" in finished.stderr
