@@ -185,8 +185,9 @@ def headline_table(base: str = "embedded") -> str:
     for name, rows in baselines.items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
     for stage, rows in list(ours.items())[1:]:
-        words = [verdict(paired_change(row, before)) for row, before in zip(rows, ours["untrained"], strict=True)]
-        lines += ["", f"{stage.capitalize()} against untrained, on the windows both got valid: {', '.join(words)}."]
+        pairs = [(row, verdict(paired_change(row, old))) for row, old in zip(rows, ours["untrained"], strict=True)]
+        words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
+        lines += ["", f"{stage.capitalize()} against untrained, on the windows both got valid: {words}."]
     seeds = {row.seed for rows in ours.values() for row in rows if row.seed is not None}
     valid = sum(row.n_valid for rows in ours.values() for row in rows)
     total = sum(row.n for rows in ours.values() for row in rows)
