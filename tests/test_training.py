@@ -460,3 +460,15 @@ def test_flops_are_three_forward_passes_and_the_validations(train, tiny_base, mo
     ends = [i for i, now in enumerate(flags) if not now and (i + 1 == len(flags) or flags[i + 1])]  # of validations
     assert sum(flags) == 4 and len(ends) == 2
     assert history["flops"].tolist() == np.cumsum(by_hand)[ends].tolist()
+
+
+def test_series_loss_is_the_loss_per_token_that_transformers_computes(tiny_base, small_data):
+    base, codec = tiny_base(), Codec(fit_scale(small_data.part("train")))
+    series = small_data.part("test")[:2, :10]  # (2, 10, 2): each text fits into one window
+    total = count = 0
+    for values in series:
+        ids = torch.tensor([base.tokenizer(codec.encode(values))["input_ids"]])
+        with torch.no_grad():
+            loss = base.model(input_ids=ids, labels=ids).loss
+        total, count = total + loss.item() * (ids.shape[1] - 1), count + ids.shape[1] - 1
+    assert training.series_loss(base, codec, series) == pytest.approx(total / count, rel=1e-5)
