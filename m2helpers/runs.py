@@ -145,6 +145,7 @@ def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec
 
 
 def check_folder(folder: Path | None, config: dict, resume: bool) -> None:
+    """Refuse a folder that a run would overwrite, or that holds nothing this run could go on from (`UserError`)."""
     if folder is None:
         if resume:
             raise UserError("resume needs the output_dir of the run to go on with")
