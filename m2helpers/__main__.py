@@ -66,7 +66,8 @@ def _pretrain(options) -> None:
     from .pretraining import PretrainSettings, pretrain
 
     settings = PretrainSettings(tokens=options.tokens, seed=options.seed)
-    record = pretrain(settings, options.output_dir, stop_after=options.stop_after, resume=options.resume)
+    how = dict(stop_after=options.stop_after, resume=options.resume, start=options.model)
+    record = pretrain(settings, options.output_dir, **how)
     done = record["step"] == settings.max_steps
     print(
         f"{options.output_dir}: {'finished' if done else 'stopped, go on with --resume'} at step {record['step']:,} of {settings.max_steps:,}"
@@ -223,11 +224,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--precision", type=int, default=2, help="decimals (default: %(default)s)")
     data(added)
 
-    added = command("pretrain", _pretrain, "train the embedded base from random weights on synthetic series")
+    added = command("pretrain", _pretrain, "train the embedded base on synthetic series")
     added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     added.add_argument("--tokens", type=int, required=True, help="length of the schedule")
     added.add_argument("--stop-after", type=float, metavar="MINUTES", help="save and stop then; --resume goes on")
     added.add_argument("--resume", action="store_true")
+    added.add_argument("--model", help="go on from this base, with another seed (default: start from random weights)")
     added.add_argument("--seed", type=int, default=0)
 
     added = command("train", _train, "fine-tune a base with LoRA")

@@ -1,4 +1,4 @@
-"""Pre-training of the embedded base on synthetic series, from random weights or from where a run stopped.
+"""Pre-training of the embedded base on synthetic series: from random weights, from where a run stopped, or on from a base.
 
 The batch of every step is a function of the seed and the step alone, so a stopped run goes on exactly as if it had not
 been stopped. The learning rate warms up, stays, and decays linearly to zero at the end (warm-up–stable–decay, Hu et al.,
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
-from .files import UserError, write_json, write_text
+from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
-from .models import Base, embedded_config, embedded_tokenizer
+from .models import Base, embedded_config, embedded_tokenizer, load_base
+from .muon import Muon
 from .state import load_state, save_state
 from .synthetic import FAMILIES, draw_texts
 from .text import left_pad, tokenise
@@ -40,14 +41,16 @@ class PretrainSettings:
     """Texts a step."""
     max_length: int = 1024
     """Tokens a text."""
-    learning_rate: float = 2e-3
-    """AdamW's, at the plateau."""
+    learning_rate: float = 5e-3
+    """Muon's, for the matrices of the layers, at the plateau."""
+    adamw_learning_rate: float = 2e-3
+    """AdamW's, for the embedding, norms and biases, at the plateau."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_fraction: float = 0.35
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     weight_decay: float = 0.05
-    """On matrices, not on norms and biases."""
+    """On the matrices of the layers, not on the embedding, norms and biases."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     eval_steps: int = 250
@@ -62,11 +65,11 @@ class PretrainSettings:
         """Optimizer steps that `tokens` buys."""
         return max(1, self.tokens // (self.batch_size * self.max_length))
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def schedule(self, step: int) -> float:
+        """Share of the plateau's learning rate at a step, counted from 0."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         decay = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
-        return self.learning_rate * min(warm, decay)
+        return min(warm, decay)
 
 
 def pretrain(
@@ -75,6 +78,7 @@ def pretrain(
     *,
     stop_after: float | None = None,
     resume: bool = False,
+    start: str | None = None,
     architecture: dict | None = None,
 ) -> dict:
     """Train the embedded base and write it to `output_dir` in hub format, with tokenizer, record and model card.
@@ -86,18 +90,21 @@ def pretrain(
         Where the model goes, and ``state.safetensors`` while it is being trained.
     stop_after : float, optional
         Minutes after which to save and stop; `resume` goes on from there.
+    start : str, optional
+        A base that was pre-trained here, to go on from its weights; give the run another seed than it had.
     architecture : dict, optional
         Changes to `embedded_config`, for tests.
 
     Returns
     -------
     dict
-        The record: settings, history, validation loss by family, tokens, FLOPs, seconds, machine.
+        The record: settings, history, validation loss by family, tokens, FLOPs, seconds, machine; under ``before``
+        what the base it started from had cost already.
 
     Raises
     ------
     UserError
-        If the folder holds another run, or there is nothing to resume.
+        If the folder holds another run, there is nothing to resume, or `start` has no record of its pre-training.
     """
     output_dir = Path(output_dir)
     state_path = output_dir / "state.safetensors"
@@ -112,18 +119,21 @@ def pretrain(
         raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2ForCausalLM(embedded_config(**(architecture or {}))).to(device).train()
+    record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": [], "before": []}
+    if start is None:
+        model = Qwen2ForCausalLM(embedded_config(**(architecture or {})))
+    else:
+        model, record["before"] = _go_on(start, settings)
+    model.to(device).train()
     tokenizer = embedded_tokenizer()
     parameters = dict(model.named_parameters())
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-    record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": []}
+    optimizer = _optimizer(settings, parameters)
     if resume:
-        record = load_state(state_path, parameters, optimizer)
-        if record["settings"] != asdict(settings):
-            changed = [k for k, v in asdict(settings).items() if record["settings"].get(k) != v]
+        asked, record = record, load_state(state_path, parameters, optimizer)
+        if record["before"] != asked["before"]:
+            raise UserError(f"{state_path}: started from other weights; give the same --model to resume")
+        if record["settings"] != asked["settings"]:
+            changed = [k for k, v in asked["settings"].items() if record["settings"].get(k) != v]
             raise UserError(
                 f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
             )
@@ -134,7 +144,7 @@ def pretrain(
     while record["step"] < settings.max_steps:
         step = record["step"]
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
+            group["lr"] = group["plateau"] * settings.schedule(step)
         loss = _loss(model, _batch(settings, step, tokenizer), device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
@@ -156,7 +166,9 @@ def pretrain(
                 "loss": float(np.mean(losses)),
                 "val_loss": float(np.mean(list(by_family.values()))),
             }
-            record["history"].append(row | {"learning_rate": settings.rate(step), "tokens_per_second": speed})
+            record["history"].append(
+                row | {"learning_rate": settings.learning_rate * settings.schedule(step), "tokens_per_second": speed}
+            )
             bar.write(f"step {row['step']}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
             losses.clear()
         if record["step"] % settings.save_steps == 0 or last or out_of_time:
@@ -185,6 +197,32 @@ def mixture_loss(base: Base, n_per_family: int = 2, length: int = 512) -> dict[s
     """
     settings = PretrainSettings(batch_size=n_per_family, max_length=length)
     return _validate(base.model, base.tokenizer, settings, base.model.device)
+
+
+def _go_on(start: str, settings: PretrainSettings) -> tuple[Qwen2ForCausalLM, list[dict]]:
+    """The weights of a base, and what every sitting before has cost, the latest last."""
+    base = load_base(start, head_bias=False)
+    path = Path(base.model.name_or_path) / "pretraining.json"
+    if not path.is_file():
+        raise UserError(
+            f"{start}: no pretraining.json in {path.parent}; only a base pre-trained here can be gone on from"
+        )
+    last = read_json(path)
+    if settings.seed in [sitting["seed"] for sitting in last["before"]] + [last["settings"]["seed"]]:
+        raise UserError(f"{start}: has seen the texts of seed {settings.seed}; go on with another --seed")
+    kept = {key: last[key] for key in ("tokens", "flops", "seconds", "machine")}
+    kept |= {"seed": last["settings"]["seed"], "val_loss": last["history"][-1]["val_loss"], "sha256": base.sha256}
+    return base.model, [*last["before"], kept]
+
+
+def _optimizer(settings: PretrainSettings, parameters: dict[str, torch.nn.Parameter]) -> Muon:
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+    groups = [
+        {"params": matrices, "muon": True, "weight_decay": settings.weight_decay, "plateau": settings.learning_rate},
+        {"params": others, "weight_decay": 0.0, "plateau": settings.adamw_learning_rate},
+    ]
+    return Muon(groups, lr=settings.learning_rate)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Saving and restoring a training run between steps: weights, AdamW moments and a small record, without pickle."""
+"""Saving and restoring a training run between steps: weights, the optimizer's moments and a small record, without pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from .files import UserError, atomic_path
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW, and of Muon
 
 
 def save_state(

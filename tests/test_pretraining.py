@@ -132,7 +132,7 @@ def test_the_model_card_agrees_with_the_record(whole):
 
 
 def test_the_loss_falls(tmp_path):
-    settings = replace(QUICK, tokens=20 * 64, learning_rate=3e-2, eval_steps=5)
+    settings = replace(QUICK, tokens=20 * 64, learning_rate=3e-2, adamw_learning_rate=3e-2, eval_steps=5)
     history = _run(tmp_path / "run", settings)["history"]
     assert history[-1]["val_loss"] < 0.8 * history[0]["loss"]
 
