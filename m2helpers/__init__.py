@@ -1,44 +1,35 @@
 """m2helpers: fine-tune a small language model on numbers, on your own machine, and know what it cost."""
 
-from .data import load_dataset, read_series
-from .evaluation import evaluate
-from .files import UserError
-from .flops import forward_account, generation_flops, training_flops
-from .forecasting import forecast, sample_forecasts
-from .lora import LoraSettings, apply_lora, load_adapter, merge, parameter_report, save_adapter, unmerge
-from .models import Base, add_head_bias, default_model, load_base
-from .runs import STAGES, Run, TrainSettings, load_run
-from .text import Codec, fit_scale
-from .training import train_lora
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "STAGES",
-    "Base",
-    "Codec",
-    "LoraSettings",
-    "Run",
-    "TrainSettings",
-    "UserError",
-    "add_head_bias",
-    "apply_lora",
-    "default_model",
-    "evaluate",
-    "fit_scale",
-    "forecast",
-    "forward_account",
-    "generation_flops",
-    "load_adapter",
-    "load_base",
-    "load_dataset",
-    "load_run",
-    "merge",
-    "parameter_report",
-    "read_series",
-    "sample_forecasts",
-    "save_adapter",
-    "train_lora",
-    "training_flops",
-    "unmerge",
-]
+# Public name → the module it lives in. A module is imported when a name of its is first asked for, so that what needs no
+# torch (the command line's help, the ledger) answers at once.
+_MODULES = {
+    "data": ["load_dataset", "read_series"],
+    "evaluation": ["evaluate"],
+    "files": ["UserError"],
+    "flops": ["forward_account", "generation_flops", "training_flops"],
+    "forecasting": ["forecast", "sample_forecasts"],
+    "ledger": ["Ledger", "default_ledger"],
+    "lora": ["apply_lora", "load_adapter", "merge", "parameter_report", "save_adapter", "unmerge"],
+    "models": ["Base", "add_head_bias", "default_model", "load_base"],
+    "runs": ["Run", "load_run"],
+    "settings": ["STAGES", "LoraSettings", "TrainSettings"],
+    "text": ["Codec", "fit_scale"],
+    "training": ["train_lora"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

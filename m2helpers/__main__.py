@@ -76,14 +76,13 @@ def _pretrain(options) -> None:
 
 def _train(options) -> None:
     from .models import load_base
-    from .runs import STAGES, TrainSettings
+    from .settings import STAGES, TrainSettings
     from .training import train_lora
 
     given = {f.name: getattr(options, f.name) for f in fields(TrainSettings)}
     settings = replace(STAGES[options.stage], **{k: v for k, v in given.items() if v is not None})
-    result = train_lora(
-        load_base(options.model), load_dataset(options.data), settings, options.output_dir, resume=options.resume
-    )
+    how = dict(stage=options.stage, resume=options.resume)
+    result = train_lora(load_base(options.model), load_dataset(options.data), settings, options.output_dir, **how)
     best = result.history["val_loss"].min()
     print(f"{options.output_dir}: best validation loss {best:.4f}, {result.history['flops'].iloc[-1]:.3g} FLOPs")
 
@@ -151,7 +150,21 @@ def _forecast(options) -> None:
 
 
 def _flops(options) -> None:
-    from .flops import flops_json, forward_account
+    from .flops import CAP, flops_json, forward_account
+
+    if options.plan:
+        from .planning import find_plan, further_steps, plan_table
+
+        plan, config, dataset = find_plan(options.plan), _config(options.model), load_dataset()
+        table = plan_table(config, plan, dataset)
+        if options.json:
+            write_json(options.json, table.reset_index().to_dict("records"))
+        total, rest = table["exact"].sum(), further_steps(config, plan, dataset)
+        print(table.to_string(formatters={"share of the cap": "{:.3%}".format}, float_format="{:.4g}".format))
+        print(
+            f"all of it: {total:.4g} FLOPs, {total / CAP:.2%} of {CAP:.0e}; the rest buys {rest:,} further steps of the final run"
+        )
+        return
 
     account = forward_account(
         _config(options.model),
@@ -182,6 +195,25 @@ def _config(name: str):
     from .models import load_config
 
     return load_config(name)
+
+
+def _ledger(options) -> None:
+    from .ledger import COLUMNS, default_ledger
+
+    ledger = default_ledger(options.model)
+    report = ledger.to_json()
+    entries = pd.DataFrame(report["entries"], columns=COLUMNS)
+    if options.json:
+        write_json(options.json, report)
+    if options.csv:
+        write_text(options.csv, entries.to_csv(index=False))
+    print(
+        f"{ledger.path}: {report['spent']:.4g} FLOPs spent or reserved, {report['left']:.4g} left of {report['cap']:.0e}"
+    )
+    if len(entries):
+        table = entries.groupby(["stage", "run", "kind"], sort=False)[["tokens", "flops", "flops_course"]].sum()
+        table["share of the cap"] = (table["flops"] / report["cap"]).map("{:.4%}".format)
+        print(table.to_string(float_format="{:.4g}".format))
 
 
 def _readme(options) -> None:
@@ -270,8 +302,14 @@ def _parser() -> argparse.ArgumentParser:
     purpose = added.add_mutually_exclusive_group()
     purpose.add_argument("--train", action="store_true")
     purpose.add_argument("--infer", action="store_true", help="(the default)")
+    added.add_argument("--plan", metavar="NAME", help="a plan of experiments instead: embedded or qwen2.5-0.5b")
     added.add_argument("--convention", choices=("exact", "course"), default="exact")
     added.add_argument("--json", type=Path, metavar="FILE")
+    model(added)
+
+    added = command("ledger", _ledger, "what has been spent, by run and kind, and what is left")
+    added.add_argument("--json", type=Path, metavar="FILE")
+    added.add_argument("--csv", type=Path, metavar="FILE", help="every entry, as a table")
     model(added)
 
     command("readme", _readme, "fill the marked blocks of README and pages from the records")
@@ -280,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train_settings(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of `TrainSettings`; what is not given stays as the stage has it."""
-    from .runs import TrainSettings
+    from .settings import TrainSettings
 
     for name, kind in get_type_hints(TrainSettings).items():
         flag = "--" + name.replace("_", "-")

@@ -23,8 +23,8 @@ from .baselines import BASELINES, run_baselines
 from .data import Dataset
 from .files import UserError
 from .forecasting import generate
-from .lora import LoraSettings
 from .models import Base
+from .settings import LoraSettings
 from .text import Codec
 
 P5_STRIDE = 256

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
+
 
 class UserError(ValueError):
     """A mistake the user can mend: its message is one line that names the file, the value and the remedy."""
@@ -64,6 +66,11 @@ def read_json(path: str | os.PathLike) -> object:
         raise UserError(
             f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again"
         ) from None
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Where the runs and the ledger of a base are kept: ``checkpoint/<base>/``."""
+    return CHECKPOINTS / Path(name).name
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from .costs import generation_cost
 from .files import UserError
-from .flops import generation_flops
-from .lora import LoraSettings
 from .models import Base
+from .settings import LoraSettings
 from .text import Codec, left_pad, tokenise
 
 
@@ -52,7 +52,7 @@ def generate(
     seed: int = 0,
     lora: LoraSettings | None = None,
 ) -> list[Generated]:
-    """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once.
+    """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once, and charge it.
 
     Contexts of different lengths are padded on the left and masked. A row leaves its batch when it is done.
 
@@ -89,13 +89,14 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        written = _continue(
-            base, [ids[i] for i in rows], separator, n_steps, n_steps * longest_step, temperature, draws
-        )
-        prompt = max(len(ids[i]) for i in rows)
-        for i, tokens in zip(rows, written, strict=True):
-            cost = generation_flops(base.model.config, 1, prompt, len(tokens), **adapted)
-            results[i] = Generated(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), cost)
+        prompt, most = max(len(ids[i]) for i in rows), n_steps * longest_step
+        at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
+        with base.ledger.reserve(base.spender, generate=at_most) as bill:
+            written = _continue(base, [ids[i] for i in rows], separator, n_steps, most, temperature, draws)
+            for i, tokens in zip(rows, written, strict=True):
+                cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)
+                bill.add("generate", cost)
+                results[i] = Generated(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), cost.flops)
     return results
 
 

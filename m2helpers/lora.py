@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,25 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .files import UserError, atomic_path, read_json, write_json
+from .settings import LoraSettings
 
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 HEAD_BIAS = "lm_head.bias"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What is adapted, and how much."""
-
-    lora_r: int = 8
-    """Rank of the update; 0 trains the head bias alone."""
-    lora_alpha: float = 16.0
-    """The update is scaled by alpha / r."""
-    lora_dropout: float = 0.05
-    """Dropout on the input of A while training."""
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that get an update, in every block."""
 
 
 class LoraLinear(nn.Module):

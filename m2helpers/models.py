@@ -18,10 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .files import UserError, sha256_file
+from .files import UserError, checkpoint_folder, sha256_file
+from .ledger import Ledger, Spender, default_ledger
 
 EMBEDDED = "embedded"
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
 transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -36,11 +36,27 @@ class Base:
     """What the user called it: ``embedded``, a hub name or a folder."""
     sha256: str
     """Over its weight files: an adapter records it and refuses another base."""
+    run: str | None = None
+    """Name of the run whose updates it carries; None for the base alone."""
+    stage: str = "untrained"
+    """Part of the plan that the run belongs to."""
+    settings_sha256: str = ""
+    """Of that run."""
 
     @property
     def short_name(self) -> str:
         """The last part of the name, for folders and headings: ``Qwen2.5-0.5B-Instruct``."""
         return Path(self.name).name
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where whatever is done with it is charged."""
+        return default_ledger(self.name)
+
+    @property
+    def spender(self) -> Spender:
+        """What its entries in the ledger name."""
+        return Spender(self.run or self.short_name, self.stage, self.settings_sha256)
 
     @property
     def pad_id(self) -> int:
@@ -51,11 +67,6 @@ class Base:
 def default_model() -> str:
     """The base that notebooks and commands use: the environment variable ``M2_MODEL``, or ``embedded``."""
     return os.environ.get("M2_MODEL") or EMBEDDED
-
-
-def checkpoint_folder(name: str) -> Path:
-    """Where the runs of a base are kept: ``checkpoint/<base>/``."""
-    return CHECKPOINTS / Path(name).name
 
 
 def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
@@ -169,7 +180,7 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
 
 def _find_folder(name: str) -> Path:
     if name == EMBEDDED:
-        return CHECKPOINTS / EMBEDDED / "base"
+        return checkpoint_folder(EMBEDDED) / "base"
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
+from .costs import forward_cost
 from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
 from .models import Base, embedded_config, embedded_tokenizer, load_base
@@ -190,13 +191,19 @@ def pretrain(
 def mixture_loss(base: Base, n_per_family: int = 2, length: int = 512) -> dict[str, float]:
     """Loss per token of a model on held-out texts of each pre-training family: what fine-tuning made it forget.
 
+    It is charged to the base's ledger, as if every text had `length` tokens.
+
     Returns
     -------
     dict
         Family → mean cross-entropy in nats.
     """
     settings = PretrainSettings(batch_size=n_per_family, max_length=length)
-    return _validate(base.model, base.tokenizer, settings, base.model.device)
+    cost = forward_cost(base.model.config, n_per_family, length, loss=True) * len(FAMILIES)
+    with base.ledger.reserve(base.spender, validate=cost) as bill:
+        losses = _validate(base.model, base.tokenizer, settings, base.model.device)
+        bill.add("validate", cost)
+    return losses
 
 
 def _go_on(start: str, settings: PretrainSettings) -> tuple[Qwen2ForCausalLM, list[dict]]:
@@ -265,7 +272,9 @@ def _account(settings: PretrainSettings, model) -> dict:
     machine = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     return {
+        "architecture": {name: getattr(model.config, name) for name in sizes},
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": settings.max_steps * settings.batch_size * settings.max_length,
         "flops": settings.max_steps * step,
@@ -276,10 +285,17 @@ def _account(settings: PretrainSettings, model) -> dict:
 
 def model_card(record: dict) -> str:
     """The card that goes with the weights, every figure from the run's record."""
-    settings, config = record["settings"], embedded_config()
+    settings, config = record["settings"], record["architecture"]
+    sittings = [*record["before"], record | {"seed": settings["seed"], "val_loss": record["history"][-1]["val_loss"]}]
     families = "\n".join(
         f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items())
     )
+    tokens, flops, seconds = (sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds"))
+    rows = "\n".join(
+        f"| {number} | {s['seed']} | {s['tokens']:,} | {s['seconds'] / 60:.0f} | {s['machine']} | {s['val_loss']:.4f} |"
+        for number, s in enumerate(sittings, 1)
+    )
+    start = " --model BASE" if record["before"] else ""
     return f"""---
 license: mit
 library_name: transformers
@@ -287,19 +303,23 @@ library_name: transformers
 # Embedded base: a small general model of numeric series
 
 This is **not** Qwen2.5. It is a model of the same architecture (`Qwen2ForCausalLM`, {record["parameters"]:,} parameters:
-hidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query and {config.num_key_value_heads} key-value heads,
-intermediate {config.intermediate_size}, tied embeddings), trained from random weights by this project on synthetic series written
+hidden {config["hidden_size"]}, {config["num_hidden_layers"]} layers, {config["num_attention_heads"]} query and {config["num_key_value_heads"]} key-value heads,
+intermediate {config["intermediate_size"]}, tied embeddings), trained from random weights by this project on synthetic series written
 as LLMTime text. It has never seen a predator–prey system, and no words at all: it reads and writes numbers.
 
 | | |
 |---|---|
-| tokens | {record["tokens"]:,} |
-| optimizer | AdamW, learning rate {settings["learning_rate"]:g}, batch {settings["batch_size"]} × {settings["max_length"]} tokens, {record["step"]:,} steps |
-| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {record["flops"]:.3g} |
-| time | {record["seconds"] / 60:.0f} minutes on {record["machine"]}, torch {record["torch"]} |
+| tokens | {tokens:,} in {len(sittings)} sitting{"s" * (len(sittings) > 1)} |
+| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {flops:.3g} |
+| time | {seconds / 60:.0f} minutes |
+| last sitting | Muon {settings["learning_rate"]:g}, AdamW {settings["adamw_learning_rate"]:g} on embedding, norms and biases; batch {settings["batch_size"]} × {settings["max_length"]} tokens, {record["step"]:,} steps, torch {record["torch"]} |
 | validation loss | {record["history"][-1]["val_loss"]:.4f} nats a token |
 
-Made by `python -m m2helpers pretrain --output-dir DIR --tokens {settings["tokens"]} --seed {settings["seed"]}`.
+| sitting | seed | tokens | minutes | machine | validation loss |
+|---|---|---|---|---|---|
+{rows}
+
+The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tokens {settings["tokens"]} --seed {settings["seed"]}`{", where BASE is the model as the sitting before left it" if start else ""}.
 
 ## Mixture
 
@@ -311,5 +331,5 @@ An equal mixture of {len(record["loss_by_family"])} families; validation loss of
 
 ## Limits
 
-At most 1,024 tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 30.
+At most {settings["max_length"]:,} tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 30.
 """

@@ -14,8 +14,8 @@ import pandas as pd
 
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
-from .files import UserError, read_json, write_text
-from .models import EMBEDDED, checkpoint_folder, default_model
+from .files import UserError, checkpoint_folder, read_json, write_text
+from .models import EMBEDDED, default_model
 from .text import Codec, fit_scale
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,76 +7,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import transformers
 
 from .data import Dataset
 from .files import UserError, read_json, sha256_json, write_text
-from .lora import LoraSettings, load_adapter, merge, parameter_report
+from .lora import load_adapter, merge, parameter_report
 from .models import Base, load_base
+from .settings import TrainSettings
 from .text import Codec
 
 STATE_NAME = "state.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainSettings(LoraSettings):
-    """What fixes a fine-tuning run, together with the data and the base."""
-
-    learning_rate: float = 2e-3
-    """AdamW's, at the end of the warm-up. The published Qwen runs used 1e-4 and below; a small base wants more."""
-    batch_size: int = 4
-    """Windows a step."""
-    max_steps: int = 1000
-    """Optimizer steps."""
-    max_length: int = 512
-    """Tokens of the longest window."""
-    warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises; then it falls to zero along a cosine."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    eval_steps: int = 100
-    """Steps between validations; the best weights by validation loss are the ones kept."""
-    eval_windows: int = 32
-    """Validation windows, the same ones every time."""
-    save_steps: int = 100
-    """Steps between saves that a stopped run goes on from."""
-    seed: int = 0
-    """Of the LoRA matrices, the order of windows and dropout."""
-    precision: int = 2
-    """Decimals of the text."""
-
-    def __post_init__(self):
-        least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
-        for name in ("warmup_ratio", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
-        if not 0 < self.learning_rate < 1:
-            raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        warmup = max(1, round(self.warmup_ratio * self.max_steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.max_steps - warmup)
-        return self.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))
-
-
-STAGES = {
-    "initial": TrainSettings(lora_r=4, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, max_length=768, max_steps=600),
-}
 
 
 @dataclass(frozen=True)
@@ -118,6 +63,7 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     if merged:
         merge(base.model)
     base.model.eval()
+    base = replace(base, run=folder.resolve().name, stage=config["stage"], settings_sha256=config["settings_sha256"])
     return Run(base, Codec(**config["codec"]), _settings_from(config), config)
 
 
@@ -127,11 +73,12 @@ def _settings_from(config: dict) -> TrainSettings:
     return TrainSettings(**values)
 
 
-def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec) -> dict:
+def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str) -> dict:
     """What ``config.json`` holds. The settings hash covers settings, data and base: no paths, devices or versions."""
     identity = {"settings": asdict(settings), "data_sha256": dataset.sha256, "base_sha256": base.sha256}
     return identity | {
         "settings_sha256": sha256_json(identity),
+        "stage": stage,
         "base": base.name,
         "data": Path(dataset.path).name,
         "scale": codec.scale,

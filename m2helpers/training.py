@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from .costs import Cost, forward_cost
 from .data import Dataset
 from .files import UserError, write_json
-from .flops import forward_account
+from .ledger import Bill, CapReached, Spender
 from .lora import WEIGHTS_NAME, apply_lora, load_weights, save_adapter, trainable_parameters
 from .models import Base
-from .runs import STAGES, STATE_NAME, TrainSettings, check_folder, describe, finish
+from .runs import STATE_NAME, check_folder, describe, finish
+from .settings import STAGES, TrainSettings
 from .state import load_state, save_state
 from .text import Codec, fit_scale, left_pad, tokenise, windows
 
@@ -45,10 +47,11 @@ def train_lora(
     settings: TrainSettings = STAGES["initial"],
     output_dir: Path | None = None,
     *,
+    stage: str = "trial",
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Fine-tune a base on the training split of a dataset.
+    """Fine-tune a base on the training split of a dataset, and charge it to the base's ledger.
 
     Parameters
     ----------
@@ -58,6 +61,8 @@ def train_lora(
     settings : TrainSettings
     output_dir : Path, optional
         The run folder. Without one, nothing is written.
+    stage : str
+        Part of the plan that the run belongs to, for the ledger.
     resume : bool
         Go on from the last save in `output_dir`.
     progress : bool
@@ -71,10 +76,12 @@ def train_lora(
     ------
     UserError
         If the folder holds a run already, or nothing to resume, or a run with other settings; or the loss diverges.
+    CapReached
+        If the steps up to the next save do not fit under the cap; what was saved before stays, to be gone on with.
     """
     folder = Path(output_dir) if output_dir is not None else None
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
-    config = describe(base, dataset, settings, codec)
+    config = describe(base, dataset, settings, codec, stage)
     check_folder(folder, config, resume)
     train = _windows(dataset.part("train"), codec, base, settings.max_length)
     validation = _windows(dataset.part("validation"), codec, base, settings.max_length)
@@ -86,7 +93,7 @@ def train_lora(
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": []}  # losses since the last validation
-    cost = _forward_flops(base, settings)
+    cost = _forward_cost(base, settings)
     if resume:
         record = load_state(folder / STATE_NAME, parameters, optimizer)
     elif folder:
@@ -95,41 +102,43 @@ def train_lora(
     if record["best"] is not None:
         load_weights(best, folder / WEIGHTS_NAME)
 
+    spender = Spender(folder.resolve().name if folder else "unsaved", stage, config["settings_sha256"])
+    longest = max(map(len, train + validation))
+    full = cost((settings.batch_size, longest))  # no batch costs more
+    validate_once = full * math.ceil(len(validation) / settings.batch_size)
     started, tokens = time.monotonic(), 0
-    bar = tqdm(
-        total=settings.max_steps,
-        initial=record["step"],
-        desc=folder.name if folder else "training",
-        unit="step",
-        disable=not progress,
-    )
-    while record["step"] < settings.max_steps:
-        step = record["step"]
-        torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
-        batch = [train[i] for i in _picks(settings.seed, step, settings.batch_size, len(train))]
-        model.train()
-        loss, shape = _loss(base, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record["losses"].append(loss.item())
-        if not math.isfinite(record["losses"][-1]):
-            raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
-        tokens += shape[0] * shape[1]
-        record["flops"] += 3 * cost(shape)
-        record["step"] = step + 1
-        speed = tokens / (time.monotonic() - started)
-        bar.update()
-        bar.set_postfix_str(
-            f"loss {record['losses'][-1]:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs", refresh=False
-        )
-        last = record["step"] == settings.max_steps
-        if record["step"] % settings.eval_steps == 0 or last:
+
+    def train_until(stop: int, bill: Bill) -> None:
+        nonlocal best, tokens
+        while record["step"] < stop:
+            step = record["step"]
+            torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            batch = [train[i] for i in _picks(settings.seed, step, settings.batch_size, len(train))]
+            model.train()
+            loss, shape = _loss(base, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bill.add("train", cost(shape) * 3)
+            record["losses"].append(loss.item())
+            if not math.isfinite(record["losses"][-1]):
+                raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
+            tokens += shape[0] * shape[1]
+            record["flops"] += 3 * cost(shape).flops
+            record["step"] = step + 1
+            speed = tokens / (time.monotonic() - started)
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {record['losses'][-1]:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs", refresh=False
+            )
+            if not settings.validates(record["step"]):
+                continue
             val_loss, spent = _validate(base, settings, validation, cost)
-            record["flops"] += spent
+            bill.add("validate", spent)
+            record["flops"] += spent.flops
             row = {
                 "step": record["step"],
                 "loss": float(np.mean(record["losses"])),
@@ -143,9 +152,21 @@ def train_lora(
                 best = {name: p.detach().clone() for name, p in parameters.items()}
                 if folder:
                     save_adapter(model, folder, settings, base.name, base.sha256)
-        if folder and (record["step"] % settings.save_steps == 0 or last):
-            save_state(folder / STATE_NAME, parameters, optimizer, record)
-    bar.close()
+
+    name = folder.name if folder else "training"
+    with tqdm(total=settings.max_steps, initial=record["step"], desc=name, unit="step", disable=not progress) as bar:
+        while (step := record["step"]) < settings.max_steps:
+            stop = min(settings.max_steps, (step // settings.save_steps + 1) * settings.save_steps)
+            validations = sum(map(settings.validates, range(step + 1, stop + 1)))
+            most = {"train": full * (3 * (stop - step)), "validate": validate_once * validations}
+            try:
+                with base.ledger.reserve(spender, **most) as bill:
+                    train_until(stop, bill)
+            except CapReached as error:
+                saved = f"; --resume goes on from step {step:,}" if folder and step else ""
+                raise CapReached(f"stopped at step {step:,} of {settings.max_steps:,}{saved}. {error}") from None
+            if folder:
+                save_state(folder / STATE_NAME, parameters, optimizer, record)
     for name, p in parameters.items():
         p.data.copy_(best[name])
     history = pd.DataFrame(record["history"])
@@ -155,8 +176,14 @@ def train_lora(
 
 
 def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
-    """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables)."""
-    return _validate(base, TrainSettings(), _windows(trajectories, codec, base, length), lambda shape: 0)[0]
+    """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
+    settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
+    cost = _forward_cost(base, settings)
+    most = cost((settings.batch_size, max(map(len, parts)))) * math.ceil(len(parts) / settings.batch_size)
+    with base.ledger.reserve(base.spender, validate=most) as bill:
+        loss, spent = _validate(base, settings, parts, cost)
+        bill.add("validate", spent)
+    return loss
 
 
 def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) -> list[np.ndarray]:
@@ -191,22 +218,22 @@ def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[
 
 @torch.no_grad()
 def _validate(
-    base: Base, settings: TrainSettings, validation: list[np.ndarray], cost: Callable[[tuple[int, int]], int]
-) -> tuple[float, int]:
+    base: Base, settings: TrainSettings, validation: list[np.ndarray], cost: Callable[[tuple[int, int]], Cost]
+) -> tuple[float, Cost]:
     """Mean loss per token over the validation windows, and what it cost."""
     base.model.eval()
-    total, count, flops = 0.0, 0, 0
+    total, count, spent = 0.0, 0, Cost()
     ordered = sorted(validation, key=len)
     for first in range(0, len(ordered), settings.batch_size):
         batch = ordered[first : first + settings.batch_size]
         loss, shape = _loss(base, batch)
         n = sum(len(w) - 1 for w in batch)
         total, count = total + loss.item() * n, count + n
-        flops += cost(shape)
-    return total / count, flops
+        spent += cost(shape)
+    return total / count, spent
 
 
-def _forward_flops(base: Base, settings: TrainSettings) -> Callable[[tuple[int, int]], int]:
+def _forward_cost(base: Base, settings: TrainSettings) -> Callable[[tuple[int, int]], Cost]:
     """What a forward pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
     adapted = {"lora_r": settings.lora_r, "target_modules": settings.target_modules}
-    return lru_cache(None)(lambda shape: forward_account(base.model.config, *shape, loss=True, **adapted).forward)
+    return lru_cache(None)(lambda shape: forward_cost(base.model.config, *shape, loss=True, **adapted))

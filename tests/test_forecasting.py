@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from m2helpers.files import UserError
 from m2helpers.flops import generation_flops
 from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
-from m2helpers.lora import LoraSettings, apply_lora
+from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
+from m2helpers.settings import LoraSettings
 from m2helpers.text import Codec
 
 CODEC = Codec(1.0)

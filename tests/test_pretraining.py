@@ -19,7 +19,14 @@ from m2helpers.text import left_pad, tokenise
 
 TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 QUICK = PretrainSettings(
-    tokens=7 * 2 * 32 + 5, batch_size=2, max_length=32, warmup_steps=2, eval_steps=3, save_steps=2, learning_rate=1e-2
+    tokens=7 * 2 * 32 + 5,
+    batch_size=2,
+    max_length=32,
+    warmup_steps=2,
+    eval_steps=3,
+    save_steps=2,
+    learning_rate=1e-2,
+    adamw_learning_rate=1e-2,
 )
 FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
 FILES += ["pretraining.json", "tokenizer.json", "tokenizer_config.json"]
@@ -123,7 +130,7 @@ def test_the_model_card_agrees_with_the_record(whole):
     folder, record = whole
     card = (folder / "README.md").read_text()
     assert card == model_card(read_json(folder / "pretraining.json"))
-    assert f"| tokens | {record['tokens']:,} |" in card
+    assert f"| tokens | {record['tokens']:,} in 1 sitting |" in card
     assert f"{record['parameters']:,} parameters" in card and "**not** Qwen2.5" in card
     assert f"| {record['flops']:.3g} |" in card
     assert f"| validation loss | {record['history'][-1]['val_loss']:.4f} nats a token |" in card
@@ -155,10 +162,8 @@ def test_no_text_is_seen_twice():
 
 
 def test_the_rate_warms_up_stays_and_falls():
-    settings = PretrainSettings(
-        tokens=100, batch_size=1, max_length=1, warmup_steps=10, decay_fraction=0.25, learning_rate=1.0
-    )
-    rates = [settings.rate(step) for step in range(settings.max_steps)]
+    settings = PretrainSettings(tokens=100, batch_size=1, max_length=1, warmup_steps=10, decay_fraction=0.25)
+    rates = [settings.schedule(step) for step in range(settings.max_steps)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:76], 1.0)
     np.testing.assert_allclose(rates[75:], np.arange(25, 0, -1) / 25)
@@ -172,6 +177,43 @@ def test_the_loss_on_the_mixture_is_that_of_validation(whole):
     with torch.no_grad():
         base.model.lm_head.bias[15] += 5.0
     assert all(loss > losses[name] for name, loss in mixture_loss(base, QUICK.batch_size, QUICK.max_length).items())
+
+
+# ---------------------------------------------------------------- a further sitting
+
+
+def test_a_further_sitting_goes_on_from_the_weights(whole, tmp_path):
+    """It starts where the first ended, keeps account of what that had cost, and resumes like any run."""
+    folder, first = whole
+    more = replace(QUICK, seed=1, learning_rate=1e-4, adamw_learning_rate=1e-4)
+    second = _run(tmp_path / "second", more, start=str(folder))
+    assert (
+        abs(second["history"][0]["loss"] - first["history"][-1]["val_loss"])
+        < 0.1
+        < abs(second["history"][0]["loss"] - first["history"][0]["loss"])
+    )
+    (before,) = second["before"]
+    assert {key: before[key] for key in ("tokens", "flops", "seconds")} == {
+        key: first[key] for key in ("tokens", "flops", "seconds")
+    }
+    assert (before["seed"], before["sha256"]) == (0, sha256_file(folder / "model.safetensors"))
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"| tokens | {2 * first['tokens']:,} in 2 sittings |" in card
+
+    _run(tmp_path / "stopped", more, start=str(folder), stop_after=0.0)
+    with pytest.raises(UserError, match="started from other weights; give the same --model to resume"):
+        _run(tmp_path / "stopped", more, resume=True)
+    _run(tmp_path / "stopped", more, start=str(folder), resume=True)
+    _agree(tmp_path / "second", tmp_path / "stopped")
+    third = _run(tmp_path / "third", replace(more, seed=2), start=str(tmp_path / "second"))
+    assert [sitting["seed"] for sitting in third["before"]] == [0, 1]
+
+
+def test_what_cannot_be_gone_on_from(whole, tmp_path, tiny_folder):
+    with pytest.raises(UserError, match="has seen the texts of seed 0; go on with another --seed"):
+        _run(tmp_path / "run", QUICK, start=str(whole[0]))
+    with pytest.raises(UserError, match=r"no pretraining.json in .*; only a base pre-trained here"):
+        _run(tmp_path / "run", replace(QUICK, seed=1), start=str(tiny_folder))
 
 
 # ---------------------------------------------------------------- refusals

@@ -10,12 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from m2helpers import training
+from m2helpers.costs import Cost
 from m2helpers.files import UserError, read_json
-from m2helpers.flops import forward_account
+from m2helpers.flops import CAP, forward_account
 from m2helpers.forecasting import forecast
+from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
 from m2helpers.models import embedded_tokenizer, load_base
-from m2helpers.runs import STAGES, TrainSettings, load_run
+from m2helpers.runs import load_run
+from m2helpers.settings import STAGES, TrainSettings
 from m2helpers.text import Codec, fit_scale
 from m2helpers.training import train_lora
 
@@ -152,7 +155,7 @@ def test_the_best_weights_by_validation_are_kept(train, tmp_path, monkeypatch):
 
     def validate(base, *_):
         seen.append(_weights(base.model))
-        return next(losses), 0
+        return next(losses), Cost()
 
     monkeypatch.setattr(training, "_validate", validate)
     result = train(QUICK, tmp_path / "run")
@@ -169,7 +172,7 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     codec = Codec(fit_scale(small_data.part("train")))
     windows = training._windows(small_data.part("validation"), codec, base, QUICK.max_length)
     chosen = np.random.default_rng(0).permutation(len(windows))[: QUICK.eval_windows]
-    val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: 0)
+    val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: Cost())
     assert val_loss == result.history["val_loss"].min()
 
 
@@ -179,7 +182,7 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
 
     def validate(base, *_):
         seen.append(_weights(base.model))
-        return next(losses), 0
+        return next(losses), Cost()
 
     def stop(*args):
         save(*args)
@@ -200,6 +203,89 @@ def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_loss", lambda base, batch: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
     with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
         train(QUICK)
+
+
+# ---------------------------------------------------------------- what it spends
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """An empty ledger of its own, and the cap that the next run finds."""
+
+    def use(cap=CAP):
+        opened = Ledger(tmp_path / "ledger.sqlite", cap)
+        monkeypatch.setattr("m2helpers.models.default_ledger", lambda base: opened)
+        return opened
+
+    use()
+    return use
+
+
+def test_every_step_and_validation_is_charged(train, tmp_path, ledger):
+    result = train(QUICK, tmp_path / "run", stage="initial")
+    entries = ledger().entries()
+    assert [e["kind"] for e in entries] == ["train", "validate"] * 3  # three save intervals: to steps 3, 6 and 7
+    assert sum(e["flops"] for e in entries) == result.history["flops"].iloc[-1]
+    recorded = read_json(tmp_path / "run" / "config.json")
+    assert recorded["stage"] == "initial"
+    assert {(e["run"], e["stage"], e["settings_sha256"], e["state"]) for e in entries} == {
+        ("run", "initial", recorded["settings_sha256"], "settled")
+    }
+    assert all(e["flops_course"] > e["flops"] for e in entries)  # grouped-query attention
+
+
+def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
+    """The cap leaves room for the first save interval and not for the second."""
+    train(QUICK, tmp_path / "whole")
+    first = sum(e["flops"] for e in ledger().entries()[:2])
+    ledger().path.unlink()
+    small = ledger(int(1.6 * first))
+    folder = tmp_path / "run"
+    with pytest.raises(
+        CapReached, match=r"stopped at step 3 of 7; --resume goes on from step 3\. .* FLOPs are needed next"
+    ):
+        train(QUICK, folder)
+    assert first == small.spent() < small.cap and (folder / "state.safetensors").exists()
+    with pytest.raises(CapReached, match="stopped at step 3 of 7"):
+        train(QUICK, folder, resume=True)
+    assert small.spent() == first
+    ledger(CAP)
+    assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
+
+
+def test_repeated_steps_are_charged_again(train, tmp_path, ledger, monkeypatch):
+    """Stopped in step 6: steps 4 and 5 are on the bill, and once more after the resume."""
+    steps = []
+
+    def stop(base, batch):
+        steps.append(base.model.training)
+        if sum(steps) == 6:
+            raise KeyboardInterrupt
+        return loss(base, batch)
+
+    loss = training._loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_loss", stop)
+        train(QUICK, tmp_path / "run")
+    before = ledger().spent()
+    result = train(QUICK, tmp_path / "run", resume=True)
+    trained = [e["tokens"] for e in ledger().entries() if e["kind"] == "train"]
+    assert len(trained) == 4 and ledger().spent() > result.history["flops"].iloc[-1] > before
+
+
+def test_forecasts_are_charged(tiny_base, small_data, ledger):
+    base, codec = tiny_base(), Codec(fit_scale(small_data.part("train")))
+    results = forecast(base, codec, list(small_data.part("test")), 2, batch_size=2)
+    entries = ledger().entries()
+    assert {e["kind"] for e in entries} == {"generate"} and entries[0]["stage"] == "untrained"
+    assert sum(e["flops"] for e in entries) == sum(r.flops for r in results)
+    ledger(ledger().spent() + 1000)
+    with pytest.raises(CapReached, match="FLOPs are needed next"):
+        forecast(base, codec, list(small_data.part("test")), 2)
+    ledger(CAP)
+    spent = ledger().spent()
+    training.series_loss(base, codec, small_data.part("validation"), length=64)
+    assert ledger().entries()[-1]["kind"] == "validate" and ledger().spent() > spent
 
 
 # ---------------------------------------------------------------- the run folder
@@ -233,15 +319,15 @@ def test_the_settings_hash_covers_settings_data_and_base_only(run, small_data, t
     base, codec = tiny_base(), Codec(1.0)
     recorded = read_json(folder / "config.json")["settings_sha256"]
     describe = training.describe
-    assert describe(base, small_data, QUICK, codec)["settings_sha256"] == recorded
+    assert describe(base, small_data, QUICK, codec, "another stage")["settings_sha256"] == recorded
     elsewhere = replace(base, name="other/place")
-    assert describe(elsewhere, replace(small_data, path="b.h5"), QUICK, codec)["settings_sha256"] == recorded
+    assert describe(elsewhere, replace(small_data, path="b.h5"), QUICK, codec, "trial")["settings_sha256"] == recorded
     for b, d, s in (
         (replace(base, sha256="0"), small_data, QUICK),
         (base, replace(small_data, sha256="0"), QUICK),
         (base, small_data, replace(QUICK, seed=1)),
     ):
-        assert describe(b, d, s, codec)["settings_sha256"] != recorded
+        assert describe(b, d, s, codec, "trial")["settings_sha256"] != recorded
 
 
 def test_a_run_loads_as_it_was(run, small_data):
@@ -403,9 +489,9 @@ def test_the_validation_loss_is_the_mean_over_tokens(tiny_base):
     with torch.no_grad():
         apart = [training._loss(base, [window])[0].item() for window in validation]
     base.model.train()
-    val_loss, spent = training._validate(base, QUICK, validation, lambda shape: 1000 * shape[0] + shape[1])
+    val_loss, spent = training._validate(base, QUICK, validation, lambda shape: Cost(*shape))
     assert val_loss == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in validation]), rel=1e-5)
-    assert spent == 7000 + 9 + 30 + 40  # the longest of each batch, shortest windows first
+    assert spent == Cost(7, 9 + 30 + 40)  # rows, and the longest of each batch, shortest windows first
 
 
 def test_padding_changes_no_gradient(tiny_base):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,18 +110,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all, in order")
     options = parser.parse_args(arguments)
     paths = options.notebooks or find_notebooks()
-    for number, path in enumerate(paths, 1):
-        print(f"[{number}/{len(paths)}] {path.name} … ", end="", flush=True)
-        try:
-            notebook, seconds, memory = execute(path.resolve())
-        except UserError as error:
-            print("failed", flush=True)
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        write_text(path if options.in_place else options.output_dir / path.name, nbformat.writes(notebook) + "\n")
-        if options.in_place:
-            record_cost(path.stem, seconds, memory)
-        print(f"{seconds:.0f} s, {memory / 1e6:,.0f} MB", flush=True)
+    with tempfile.TemporaryDirectory(prefix="m2helpers-") as folder:
+        ENVIRONMENT["M2_LEDGER"] = str(Path(folder) / "ledger.sqlite")  # a report is read, not spent on
+        for number, path in enumerate(paths, 1):
+            print(f"[{number}/{len(paths)}] {path.name} … ", end="", flush=True)
+            try:
+                notebook, seconds, memory = execute(path.resolve())
+            except UserError as error:
+                print("failed", flush=True)
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            write_text(path if options.in_place else options.output_dir / path.name, nbformat.writes(notebook) + "\n")
+            if options.in_place:
+                record_cost(path.stem, seconds, memory)
+            print(f"{seconds:.0f} s, {memory / 1e6:,.0f} MB", flush=True)
     return 0
 
 

@@ -1,0 +1,36 @@
+"""What a piece of work costs, in tokens and in FLOPs by both conventions: the unit that is planned, reserved and billed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .flops import CONVENTIONS, forward_account, generation_flops
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens run, padding included, and FLOPs. Costs add up, and multiply by a whole number."""
+
+    tokens: int = 0
+    flops: int = 0
+    """Exact account: what is billed."""
+    flops_course: int = 0
+    """The course's account, which counts grouped-query attention as full multi-head attention."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, self.flops_course + other.flops_course)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.tokens * times, self.flops * times, self.flops_course * times)
+
+
+def forward_cost(config: object, batch_size: int, length: int, **settings: object) -> Cost:
+    """Cost of one forward pass (settings as in `forward_account`); a training step is three of them."""
+    accounts = (forward_account(config, batch_size, length, convention=c, **settings) for c in CONVENTIONS)
+    return Cost(batch_size * length, *(account.forward for account in accounts))
+
+
+def generation_cost(config: object, batch_size: int, prompt: int, new_tokens: int, **settings: object) -> Cost:
+    """Cost of generating with a KV cache (arguments as in `generation_flops`)."""
+    flops = (generation_flops(config, batch_size, prompt, new_tokens, convention=c, **settings) for c in CONVENTIONS)
+    return Cost(batch_size * (prompt + new_tokens), *flops)
