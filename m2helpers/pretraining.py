@@ -100,7 +100,7 @@ def pretrain(
     -------
     dict
         The record: settings, history, validation loss by family, tokens, FLOPs, seconds, machine; under ``before``
-        what the base it started from had cost already.
+        the sittings whose weights it went on from, under ``total`` the sums over all of them.
 
     Raises
     ------
@@ -180,6 +180,8 @@ def pretrain(
     bar.close()
     del record["losses"]  # empty by now
     record |= _account(settings, model)
+    sittings = [*record["before"], record]
+    record["total"] = {key: sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds")}
     model.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     write_json(output_dir / "pretraining.json", record)
@@ -290,7 +292,6 @@ def model_card(record: dict) -> str:
     families = "\n".join(
         f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items())
     )
-    tokens, flops, seconds = (sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds"))
     rows = "\n".join(
         f"| {number} | {s['seed']} | {s['tokens']:,} | {s['seconds'] / 60:.0f} | {s['machine']} | {s['val_loss']:.4f} |"
         for number, s in enumerate(sittings, 1)
@@ -309,9 +310,9 @@ as LLMTime text. It has never seen a predator–prey system, and no words at all
 
 | | |
 |---|---|
-| tokens | {tokens:,} in {len(sittings)} sitting{"s" * (len(sittings) > 1)} |
-| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {flops:.3g} |
-| time | {seconds / 60:.0f} minutes |
+| tokens | {record["total"]["tokens"]:,} in {len(sittings)} sitting{"s" * (len(sittings) > 1)} |
+| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {record["total"]["flops"]:.3g} |
+| time | {record["total"]["seconds"] / 60:.0f} minutes |
 | last sitting | Muon {settings["learning_rate"]:g}, AdamW {settings["adamw_learning_rate"]:g} on embedding, norms and biases; batch {settings["batch_size"]} × {settings["max_length"]} tokens, {record["step"]:,} steps, torch {record["torch"]} |
 | validation loss | {record["history"][-1]["val_loss"]:.4f} nats a token |
 

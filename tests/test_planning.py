@@ -1,0 +1,89 @@
+"""Plans: their price is that of their parts, and of the forecasts that are really made."""
+
+from dataclasses import replace
+
+import pytest
+
+from m2helpers.architecture import QWEN_05B
+from m2helpers.costs import Cost, forward_cost, generation_cost
+from m2helpers.data import load_dataset
+from m2helpers.evaluation import evaluate
+from m2helpers.files import UserError
+from m2helpers.flops import CAP, training_flops
+from m2helpers.planning import (
+    PLANS,
+    Plan,
+    PlannedRun,
+    find_plan,
+    forecast_sizes,
+    further_steps,
+    plan_table,
+    run_cost,
+    table_cost,
+)
+from m2helpers.settings import TrainSettings
+from m2helpers.text import Codec, fit_scale
+
+SETTINGS = TrainSettings(lora_r=4, max_length=512, max_steps=250, eval_steps=100, eval_windows=10, batch_size=4)
+
+
+def test_costs_add_up():
+    one = forward_cost(QWEN_05B, 2, 64, lora_r=4, loss=True)
+    assert one + one == one * 2 and one + Cost() == one
+    assert one.tokens == 128 and one.flops * 3 == training_flops(QWEN_05B, 2, 64, lora_r=4) < one.flops_course * 3
+
+
+def test_a_run_costs_its_steps_and_validations():
+    train, validate = run_cost(QWEN_05B, SETTINGS)
+    assert train.flops == 250 * training_flops(QWEN_05B, 4, 512, lora_r=4)
+    assert validate == forward_cost(QWEN_05B, 4, 512, lora_r=4, loss=True) * 9  # 3 batches at steps 100, 200, 250
+
+
+def test_the_tables_of_the_shipped_data():
+    dataset = load_dataset()
+    sizes = forecast_sizes(dataset, "P5")
+    by_context = {s: sum(n for (context, _), n in sizes.items() if context == s) for s in (128, 512, 768)}
+    assert by_context == {128: 400, 512: 200, 768: 100}
+    assert table_cost(QWEN_05B, sizes).flops < 0.004 * CAP
+    assert {s: sum(forecast_sizes(dataset, p).values()) for s, p in ((50, "L50"), (20, "L20"))} == {50: 100, 20: 100}
+
+
+def test_a_forecast_as_long_as_its_truth_costs_what_was_planned(tiny_base, small_data, monkeypatch):
+    """A model that writes the truth: what is billed is what was planned."""
+    base, codec = tiny_base(), Codec(fit_scale(small_data.part("train")))
+    sizes = forecast_sizes(small_data, "P5", contexts=[64])
+    truths = iter(sorted(sizes.elements()))
+    monkeypatch.setattr(
+        "m2helpers.forecasting._continue", lambda base, prompts, *_: [[26] * next(truths)[1] for _ in prompts]
+    )
+    (result,) = evaluate(base, codec, small_data, "P5", contexts=[64])
+    assert result.flops == table_cost(base.model.config, sizes).flops
+    assert next(truths, None) is None and sum(sizes.values()) == result.n
+
+
+def test_a_plan_is_the_sum_of_its_parts(small_data):
+    plan = Plan(
+        (PlannedRun("initial", "a", SETTINGS), PlannedRun("final", "b", replace(SETTINGS, max_steps=100))), ("final",)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2helpers.planning.PROTOCOLS", ("P5",))
+        patch.setattr("m2helpers.planning.P5_CONTEXTS", (64,))
+        patch.setattr("m2helpers.planning.forecast_sizes", lambda *_: {(64, 30): 5})
+        table = plan_table(QWEN_05B, plan, small_data)
+        rest = further_steps(QWEN_05B, plan, small_data)
+    generate = generation_cost(QWEN_05B, 1, 64, 30).flops * 5
+    assert table["generate"].tolist() == [0, 0, generate] and table["steps"].tolist() == [0, 250, 100]
+    assert (table["exact"] == table["train"] + table["validate"] + table["generate"]).all()
+    assert (table["course"][1:] > table["exact"][1:]).all()
+    a_step = sum(run_cost(QWEN_05B, plan.runs[-1].settings), Cost()).flops / 100
+    assert table["exact"].sum() + (rest + 1) * a_step > CAP > table["exact"].sum() + (rest - 1) * a_step
+
+
+def test_the_presets():
+    for plan in PLANS.values():
+        stages = [run.stage for run in plan.runs]
+        assert stages[0] == "initial" and stages[-1] == "final" and len({run.name for run in plan.runs}) == len(stages)
+        grid = {(run.settings.learning_rate, run.settings.lora_r) for run in plan.runs if run.stage == "grid"}
+        assert len(grid) == 10 and sum(rank == 0 for _, rank in grid) == 1
+    with pytest.raises(UserError, match=r"plan 'mine': choose from embedded, qwen2.5-0.5b"):
+        find_plan("mine")
