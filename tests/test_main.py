@@ -65,6 +65,44 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "variable_0"]
 
 
+def test_the_ledger_shows_what_commands_spent(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
+    monkeypatch.setattr(report, "BASELINE_CACHE", tmp_path / "cache")
+    model, run = ["--model", str(tiny_folder)], tmp_path / "my-run"
+    settings = "--stage final --max-steps 2 --max-length 64 --batch-size 2 --eval-windows 2".split()
+    assert main(["train", *model, "--output-dir", str(run), "--data", str(data_file), *settings]) == 0
+    assert main(["evaluate", "--run", str(run), "--protocol", "L20", "--data", str(data_file)]) == 0
+    np.savetxt(tmp_path / "own.csv", np.abs(np.sin(np.arange(30)))[:, None], delimiter=",")
+    ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
+    assert main(["forecast", str(tmp_path / "own.csv"), *model, *ahead]) == 0
+    capsys.readouterr()
+    files = [tmp_path / "ledger.json", tmp_path / "ledger.csv"]
+    assert main(["ledger", *model, "--json", str(files[0]), "--csv", str(files[1])]) == 0
+    entries = json.loads(files[0].read_text())["entries"]
+    spent = {(e["stage"], e["run"], e["kind"]) for e in entries}
+    assert spent == {("final", "my-run", k) for k in ("train", "validate", "generate")} | {
+        ("untrained", "tiny", "generate")
+    }
+    table = pd.read_csv(files[1])
+    assert table["flops"].sum() == json.loads(files[0].read_text())["spent"]
+    history = pd.read_csv(run / "history.csv")
+    assert table[table["kind"] != "generate"]["flops"].sum() == history["flops"].iloc[-1]
+    printed = capsys.readouterr().out
+    assert "left of 1e+17" in printed and "my-run" in printed and "share of the cap" in printed
+
+
+def test_a_plan_is_priced_without_the_network(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    model = ["--model", "Qwen/Qwen2.5-0.5B-Instruct"]
+    assert main(["flops", *model, "--plan", "qwen2.5-0.5b", "--json", str(path)]) == 0
+    rows = {row["stage"]: row for row in json.loads(path.read_text())}
+    assert list(rows) == ["untrained", "initial", "grid", "context", "precision", "final"]
+    assert 0.8 < sum(row["share of the cap"] for row in rows.values()) < 1
+    assert "further steps of the final run" in capsys.readouterr().out
+    assert main(["flops", *model, "--plan", "mine"]) == 1
+    assert "choose from embedded, qwen2.5-0.5b" in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_line_and_status_1(tmp_path, capsys):
     missing = tmp_path / "missing.h5"
     assert main(["encode", "--data", str(missing), "--output-dir", str(tmp_path)]) == 1
