@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from .costs import Cost, forward_cost
 from .data import Dataset
 from .files import UserError, write_json
-from .ledger import Bill, CapReached, Spender
+from .ledger import CapReached, Spender
 from .lora import WEIGHTS_NAME, apply_lora, load_weights, save_adapter, trainable_parameters
 from .models import Base
 from .runs import STATE_NAME, check_folder, describe, finish
@@ -103,68 +104,48 @@ def train_lora(
         load_weights(best, folder / WEIGHTS_NAME)
 
     spender = Spender(folder.resolve().name if folder else "unsaved", stage, config["settings_sha256"])
-    longest = max(map(len, train + validation))
-    full = cost((settings.batch_size, longest))  # no batch costs more
+    full = cost((settings.batch_size, max(map(len, train + validation))))  # no batch costs more
     validate_once = full * math.ceil(len(validation) / settings.batch_size)
     started, tokens = time.monotonic(), 0
-
-    def train_until(stop: int, bill: Bill) -> None:
-        nonlocal best, tokens
-        while record["step"] < stop:
-            step = record["step"]
-            torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            batch = [train[i] for i in _picks(settings.seed, step, settings.batch_size, len(train))]
-            model.train()
-            loss, shape = _loss(base, batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bill.add("train", cost(shape) * 3)
-            record["losses"].append(loss.item())
-            if not math.isfinite(record["losses"][-1]):
-                raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
-            tokens += shape[0] * shape[1]
-            record["flops"] += 3 * cost(shape).flops
-            record["step"] = step + 1
-            speed = tokens / (time.monotonic() - started)
-            bar.update()
-            bar.set_postfix_str(
-                f"loss {record['losses'][-1]:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs", refresh=False
-            )
-            if not settings.validates(record["step"]):
-                continue
-            val_loss, spent = _validate(base, settings, validation, cost)
-            bill.add("validate", spent)
-            record["flops"] += spent.flops
-            row = {
-                "step": record["step"],
-                "loss": float(np.mean(record["losses"])),
-                "val_loss": val_loss,
-                "learning_rate": settings.rate(step),
-            }
-            record["history"].append(row | {"tokens_per_second": round(speed, 1), "flops": record["flops"]})
-            record["losses"] = []
-            if record["best"] is None or val_loss < record["best"]:
-                record["best"] = val_loss
-                best = {name: p.detach().clone() for name, p in parameters.items()}
-                if folder:
-                    save_adapter(model, folder, settings, base.name, base.sha256)
-
     name = folder.name if folder else "training"
     with tqdm(total=settings.max_steps, initial=record["step"], desc=name, unit="step", disable=not progress) as bar:
-        while (step := record["step"]) < settings.max_steps:
-            stop = min(settings.max_steps, (step // settings.save_steps + 1) * settings.save_steps)
-            validations = sum(map(settings.validates, range(step + 1, stop + 1)))
-            most = {"train": full * (3 * (stop - step)), "validate": validate_once * validations}
-            try:
-                with base.ledger.reserve(spender, **most) as bill:
-                    train_until(stop, bill)
-            except CapReached as error:
-                saved = f"; --resume goes on from step {step:,}" if folder and step else ""
-                raise CapReached(f"stopped at step {step:,} of {settings.max_steps:,}{saved}. {error}") from None
+        while (first := record["step"]) < settings.max_steps:
+            stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
+            validations = sum(map(settings.validates, range(first + 1, stop + 1)))
+            most = {"train": full * (3 * (stop - first)), "validate": validate_once * validations}
+            with ExitStack() as stack:
+                try:
+                    bill = stack.enter_context(base.ledger.reserve(spender, **most))
+                except CapReached as error:
+                    saved = f"; --resume goes on from step {first:,}" if folder and first else ""
+                    raise CapReached(f"stopped at step {first:,} of {settings.max_steps:,}{saved}. {error}") from None
+                for step in range(first, stop):
+                    loss, shape = _step(base, settings, train, step, parameters, optimizer)
+                    bill.add("train", cost(shape) * 3)
+                    if not math.isfinite(loss):
+                        raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
+                    record["losses"].append(loss)
+                    record["flops"] += 3 * cost(shape).flops
+                    record["step"] = step + 1
+                    tokens += shape[0] * shape[1]
+                    speed = tokens / (time.monotonic() - started)
+                    bar.update()
+                    shown = f"loss {loss:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs"
+                    bar.set_postfix_str(shown, refresh=False)
+                    if not settings.validates(step + 1):
+                        continue
+                    val_loss, spent = _validate(base, settings, validation, cost)
+                    bill.add("validate", spent)
+                    record["flops"] += spent.flops
+                    row = {"step": step + 1, "loss": float(np.mean(record["losses"])), "val_loss": val_loss}
+                    row |= {"learning_rate": settings.rate(step), "tokens_per_second": round(speed, 1)}
+                    record["history"].append(row | {"flops": record["flops"]})
+                    record["losses"] = []
+                    if record["best"] is None or val_loss < record["best"]:
+                        record["best"] = val_loss
+                        best = {name: p.detach().clone() for name, p in parameters.items()}
+                        if folder:
+                            save_adapter(model, folder, settings, base.name, base.sha256)
             if folder:
                 save_state(folder / STATE_NAME, parameters, optimizer, record)
     for name, p in parameters.items():
@@ -190,6 +171,27 @@ def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) ->
     """Token ids of consecutive windows, the last of each series as short as it must be (one token predicts nothing)."""
     series = tokenise([codec.encode(values) for values in trajectories], base.tokenizer)
     return [ids[start:stop] for ids in series for start, stop in windows(len(ids), length, length) if stop - start > 1]
+
+
+def _step(
+    base: Base,
+    settings: TrainSettings,
+    train: Sequence[np.ndarray],
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, tuple[int, int]]:
+    """Take one optimizer step; return the loss before it and the shape of the batch."""
+    torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step)
+    base.model.train()
+    loss, shape = _loss(base, [train[i] for i in _picks(settings.seed, step, settings.batch_size, len(train))])
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), shape
 
 
 def _picks(seed: int, step: int, batch_size: int, n: int) -> list[int]:
