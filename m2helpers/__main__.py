@@ -87,6 +87,21 @@ def _train(options) -> None:
     print(f"{options.output_dir}: best validation loss {best:.4f}, {result.history['flops'].iloc[-1]:.3g} FLOPs")
 
 
+def _experiments(options) -> None:
+    from .experiments import run_plan, sweep_table
+    from .files import checkpoint_folder
+    from .planning import find_plan
+
+    name = options.plan or ("embedded" if options.model == "embedded" else "qwen2.5-0.5b")
+    folder = options.output_dir or checkpoint_folder(options.model)
+    stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
+    run_plan(find_plan(name), options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
+    table = sweep_table(folder)
+    if len(table):
+        print(table.to_string(index=False, float_format="{:.4g}".format))
+    print(f"{folder}: done")
+
+
 def _load(options):
     """The model a command was given (a run, or a base untrained), its codec (None for a base) and its seed."""
     from .models import load_base
@@ -271,6 +286,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_settings(added)
     data(added)
     model(added)
+
+    for name, about in (
+        ("sweep", "one part of a plan: learning rate × rank, context length, or decimals"),
+        ("experiments", "a whole plan: untrained, initial, grid, context, precision, final, and their measurements"),
+    ):
+        added = command(name, _experiments, about)
+        if name == "sweep":
+            added.add_argument("sweep", choices=("grid", "context", "precision"))
+        added.add_argument("--output-dir", type=Path, metavar="DIR", help="default: checkpoint/<base>")
+        added.add_argument("--plan", metavar="NAME", help="embedded or qwen2.5-0.5b (default: the base's)")
+        added.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+        data(added)
+        model(added)
 
     added = command("evaluate", _evaluate, "measure a run, or an untrained base, beside the baselines")
     added.add_argument("--protocol", choices=("P5", "L50", "L20", "all"), default="P5")

@@ -17,6 +17,9 @@ from .flops import CAP
 from .settings import STAGES, TrainSettings
 from .text import Codec, fit_scale
 
+SWEEPS = ("grid", "context", "precision")
+STAGE_ORDER = ("untrained", "initial", *SWEEPS, "final")
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -24,49 +27,77 @@ class PlannedRun:
 
     stage: str
     """`initial`, `grid`, `context`, `precision` or `final`."""
-    name: str
-    """Of its folder."""
     settings: TrainSettings
+
+    @property
+    def name(self) -> str:
+        """Of its folder. Two places of a plan that ask for the same sweep run share one."""
+        if self.stage in ("initial", "final"):
+            return self.stage
+        s = self.settings
+        return f"sweep/lr{s.learning_rate:g}-r{s.lora_r}-n{s.max_length}-p{s.precision}-seed{s.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs in their order, and whose forecasts are measured."""
+    """A plan of experiments: an initial run, three sweeps that start from its settings, and a final run."""
 
-    runs: tuple[PlannedRun, ...]
+    initial: TrainSettings
+    final: TrainSettings
+    """Its learning rate is replaced by the best of the grid, by validation loss."""
+    learning_rates: tuple[float, ...]
+    """Of the grid, rising."""
+    ranks: tuple[int, ...] = (2, 4, 8)
+    """Of the grid, rising. A run of rank 0, the head bias alone, stands beside them as a control."""
+    contexts: tuple[int, ...] = (128, 512, 768)
+    precisions: tuple[int, ...] = (2, 3)
+    sweep_steps: int = 500
     measured: tuple[str, ...] = ("untrained", "initial", "final")
     """Stages whose forecasts are made under every protocol."""
 
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """Every run once, in order."""
+        return self.runs_of(STAGE_ORDER)
 
-def make_plan(
-    initial: TrainSettings,
-    final: TrainSettings,
-    *,
-    learning_rates: Iterable[float],
-    ranks: Iterable[int] = (2, 4, 8),
-    contexts: Iterable[int] = (128, 512, 768),
-    precisions: Iterable[int] = (2, 3),
-    sweep_steps: int = 500,
-) -> Plan:
-    """Build a plan: an initial run, a grid of learning rate × rank, contexts, precisions, a final run.
+    def runs_of(self, stages: Iterable[str]) -> tuple[PlannedRun, ...]:
+        """The runs of some stages, each once, in order."""
+        short = replace(self.initial, max_steps=self.sweep_steps)
+        grid = [replace(short, learning_rate=rate, lora_r=rank) for rate in self.learning_rates for rank in self.ranks]
+        grid.append(replace(short, lora_r=0))
+        runs = [PlannedRun("initial", self.initial)]
+        runs += [PlannedRun("grid", settings) for settings in grid]
+        runs += [PlannedRun("context", replace(short, max_length=n)) for n in self.contexts]
+        runs += [PlannedRun("precision", replace(short, precision=p)) for p in self.precisions]
+        runs.append(PlannedRun("final", self.final))
+        once: dict[str, PlannedRun] = {}
+        for run in runs:
+            if run.stage in stages:
+                once.setdefault(run.name, run)
+        return tuple(once.values())
 
-    The sweep starts from the initial run's settings. One run of rank 0 (head bias alone) stands in the grid as a control.
-    """
-    short = replace(initial, max_steps=sweep_steps)
-    rates = list(learning_rates)
-    grid = [replace(short, learning_rate=rate, lora_r=rank) for rate in rates for rank in ranks]
-    grid.append(replace(short, learning_rate=max(rates), lora_r=0))
-    runs = [PlannedRun("initial", "initial", initial)]
-    runs += [PlannedRun("grid", f"grid-lr{s.learning_rate:g}-r{s.lora_r}", s) for s in grid]
-    runs += [PlannedRun("context", f"context-{n}", replace(short, max_length=n)) for n in contexts]
-    runs += [PlannedRun("precision", f"precision-{p}", replace(short, precision=p)) for p in precisions]
-    return Plan((*runs, PlannedRun("final", "final", final)))
+    def widened(self, best: TrainSettings) -> Plan:
+        """The plan with one more value where the best setting lies on the edge of the grid; itself where it does not."""
+        return replace(
+            self,
+            learning_rates=tuple(rate for rate in _widen(self.learning_rates, best.learning_rate) if rate < 1),
+            ranks=tuple(int(rank) for rank in _widen(self.ranks, best.lora_r) if rank >= 1),
+        )
+
+
+def _widen(values: tuple, best: float) -> tuple:
+    """Go on past the edge that `best` is on, by the ratio of the last two values there."""
+    if len(values) > 1 and best == values[-1]:
+        return (*values, float(f"{best * best / values[-2]:.6g}"))
+    if len(values) > 1 and best == values[0]:
+        return (float(f"{best * best / values[1]:.6g}"), *values)
+    return values
 
 
 _QWEN = TrainSettings(lora_r=4, learning_rate=1e-4, max_length=512, max_steps=1000)
-PLANS: dict[str, Plan] = {
-    "embedded": make_plan(STAGES["initial"], STAGES["final"], learning_rates=(5e-4, 1e-3, 2e-3), sweep_steps=250),
-    "qwen2.5-0.5b": make_plan(  # as published
+PLANS = {
+    "embedded": Plan(STAGES["initial"], STAGES["final"], learning_rates=(1e-3, 2e-3, 4e-3), sweep_steps=250),
+    "qwen2.5-0.5b": Plan(  # as published
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)
     ),
 }

@@ -73,11 +73,19 @@ def _settings_from(config: dict) -> TrainSettings:
     return TrainSettings(**values)
 
 
+def settings_sha256(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> str:
+    """The hash that tells two runs apart: of settings, data and base; no paths, devices or versions."""
+    return sha256_json(_identity(settings, dataset, base_sha256))
+
+
+def _identity(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> dict:
+    return {"settings": asdict(settings), "data_sha256": dataset.sha256, "base_sha256": base_sha256}
+
+
 def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str) -> dict:
-    """What ``config.json`` holds. The settings hash covers settings, data and base: no paths, devices or versions."""
-    identity = {"settings": asdict(settings), "data_sha256": dataset.sha256, "base_sha256": base.sha256}
-    return identity | {
-        "settings_sha256": sha256_json(identity),
+    """What ``config.json`` holds."""
+    return _identity(settings, dataset, base.sha256) | {
+        "settings_sha256": settings_sha256(settings, dataset, base.sha256),
         "stage": stage,
         "base": base.name,
         "data": Path(dataset.path).name,

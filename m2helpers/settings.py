@@ -77,5 +77,5 @@ class TrainSettings(LoraSettings):
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, max_length=768, max_steps=600),
+    "final": TrainSettings(lora_r=8, max_length=768, max_steps=1000),
 }

@@ -13,7 +13,6 @@ from m2helpers.flops import CAP, training_flops
 from m2helpers.planning import (
     PLANS,
     Plan,
-    PlannedRun,
     find_plan,
     forecast_sizes,
     further_steps,
@@ -62,9 +61,8 @@ def test_a_forecast_as_long_as_its_truth_costs_what_was_planned(tiny_base, small
 
 
 def test_a_plan_is_the_sum_of_its_parts(small_data):
-    plan = Plan(
-        (PlannedRun("initial", "a", SETTINGS), PlannedRun("final", "b", replace(SETTINGS, max_steps=100))), ("final",)
-    )
+    final = replace(SETTINGS, max_steps=100)
+    plan = Plan(SETTINGS, final, learning_rates=(), contexts=(), precisions=(), sweep_steps=10, measured=("final",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m2helpers.planning.PROTOCOLS", ("P5",))
         patch.setattr("m2helpers.planning.P5_CONTEXTS", (64,))
@@ -72,18 +70,33 @@ def test_a_plan_is_the_sum_of_its_parts(small_data):
         table = plan_table(QWEN_05B, plan, small_data)
         rest = further_steps(QWEN_05B, plan, small_data)
     generate = generation_cost(QWEN_05B, 1, 64, 30).flops * 5
-    assert table["generate"].tolist() == [0, 0, generate] and table["steps"].tolist() == [0, 250, 100]
+    assert table["generate"].tolist() == [0, 0, 0, generate]
     assert (table["exact"] == table["train"] + table["validate"] + table["generate"]).all()
     assert (table["course"][1:] > table["exact"][1:]).all()
+    assert table["steps"].tolist() == [0, 250, 10, 100]  # the control of rank 0 stands in the grid
     a_step = sum(run_cost(QWEN_05B, plan.runs[-1].settings), Cost()).flops / 100
     assert table["exact"].sum() + (rest + 1) * a_step > CAP > table["exact"].sum() + (rest - 1) * a_step
 
 
 def test_the_presets():
     for plan in PLANS.values():
-        stages = [run.stage for run in plan.runs]
-        assert stages[0] == "initial" and stages[-1] == "final" and len({run.name for run in plan.runs}) == len(stages)
+        names = [run.name for run in plan.runs]
+        assert names[0] == "initial" and names[-1] == "final"
+        assert len(set(names)) == len(names) == 15  # of 17, two are asked for twice
+        assert len(plan.runs_of(["context"])) == 3
         grid = {(run.settings.learning_rate, run.settings.lora_r) for run in plan.runs if run.stage == "grid"}
         assert len(grid) == 10 and sum(rank == 0 for _, rank in grid) == 1
     with pytest.raises(UserError, match=r"plan 'mine': choose from embedded, qwen2.5-0.5b"):
         find_plan("mine")
+
+
+def test_the_grid_grows_past_the_edge_that_is_best():
+    plan = PLANS["qwen2.5-0.5b"]
+    inside = replace(plan.initial, learning_rate=5e-5, lora_r=4)
+    assert plan.widened(inside) == plan
+    high = plan.widened(replace(inside, learning_rate=1e-4, lora_r=8))
+    assert high.learning_rates == (1e-5, 5e-5, 1e-4, 2e-4) and high.ranks == (2, 4, 8, 16)
+    low = plan.widened(replace(inside, learning_rate=1e-5, lora_r=2))
+    assert low.learning_rates == (2e-6, 1e-5, 5e-5, 1e-4) and low.ranks == (1, 2, 4, 8)
+    assert plan.widened(replace(inside, lora_r=0)) == plan  # the control is no edge
+    assert low.widened(replace(inside, lora_r=1)).ranks == low.ranks  # nor is there a rank below 1

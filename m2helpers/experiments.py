@@ -1,0 +1,149 @@
+"""Carry out a plan of experiments: every run in order, each in its folder, nothing done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from .data import Dataset
+from .evaluation import PROTOCOLS, evaluate, to_json
+from .files import UserError, read_json, write_json
+from .models import load_base
+from .planning import STAGE_ORDER, SWEEPS, Plan, PlannedRun
+from .runs import STATE_NAME, load_run, settings_sha256
+from .settings import TrainSettings
+from .text import Codec, fit_scale
+from .training import train_lora
+
+WIDENINGS = 2  # times that the grid may grow past an edge
+SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
+METRICS_NAME = "metrics.json"
+
+
+def run_plan(
+    plan: Plan,
+    model: str,
+    dataset: Dataset,
+    output_dir: Path,
+    *,
+    stages: Iterable[str] = STAGE_ORDER,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
+
+    A finished run with the same settings, data and base is kept. The grid grows by one value past an edge that its best run
+    lies on, at most twice. The final run takes the learning rate that was best in the grid by validation loss. Runs of
+    the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
+
+    Parameters
+    ----------
+    model : str
+        Name of the base.
+    output_dir : Path
+        Where the folders go: ``initial``, ``sweep/…``, ``final``, and ``base`` for the untrained base's measurements.
+    stages : iterable of str
+        Which parts of the plan to carry out.
+    resume : bool
+        Go on with runs that were stopped; without it, such a run is an error.
+    say : callable
+        Is told what is being done.
+
+    Raises
+    ------
+    UserError
+        If a folder holds a run with other settings, data or base.
+    CapReached
+        If the next part does not fit under the cap; what is done stays, to be gone on with.
+    """
+    output_dir, stages = Path(output_dir), tuple(stages)
+    base_sha256, done, widened = load_base(model).sha256, 0, 0
+    if "untrained" in stages:
+        _measure(output_dir / "base", model, dataset, PROTOCOLS, say)
+    queue = list(plan.runs_of(stages))
+    while queue:
+        run = queue.pop(0)
+        if run.stage == "final" and (best := best_of_grid(plan, output_dir)):
+            plan = replace(plan, final=replace(plan.final, learning_rate=best.learning_rate))
+            run = PlannedRun("final", plan.final)
+        done += 1
+        say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps")
+        _run(run, output_dir / run.name, model, base_sha256, dataset, resume, say)
+        if run.stage in SWEEPS:
+            _measure(output_dir / run.name, None, dataset, ["P5"], say, split="validation", limit=SWEEP_SERIES)
+        elif run.stage in plan.measured:
+            _measure(output_dir / run.name, None, dataset, PROTOCOLS, say)
+        if run.stage == "grid" and "grid" not in {left.stage for left in queue} and widened < WIDENINGS:
+            wider = plan.widened(best_of_grid(plan, output_dir))
+            more = [
+                new for new in wider.runs if new.stage == "grid" and new.name not in {old.name for old in plan.runs}
+            ]
+            if more:
+                say("the best run lies on the edge of the grid: one value more")
+            queue, plan, widened = more + queue, wider, widened + 1
+    return plan
+
+
+def sweep_table(output_dir: Path) -> pd.DataFrame:
+    """Every finished run of the sweeps: settings, least validation loss, forecast error on validation series, FLOPs."""
+    rows = []
+    for path in sorted(Path(output_dir).glob("sweep/*/history.csv")):
+        settings, history = read_json(path.with_name("config.json"))["settings"], pd.read_csv(path)
+        names = ("learning_rate", "lora_r", "max_length", "precision", "seed", "max_steps")
+        row = {"run": f"sweep/{path.parent.name}"} | {name: settings[name] for name in names}
+        row |= {"val_loss": history["val_loss"].min(), "flops": int(history["flops"].iloc[-1])}
+        metrics = path.with_name(METRICS_NAME)
+        for result in read_json(metrics) if metrics.is_file() else []:
+            row[f"MAE, S = {result['context']}"] = result["mae"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def best_of_grid(plan: Plan, output_dir: Path) -> TrainSettings | None:
+    """Settings of the grid's run with the least validation loss; None while a run of the grid is missing."""
+    runs = [run for run in plan.runs if run.stage == "grid"]
+    if not all((Path(output_dir) / run.name / "history.csv").is_file() for run in runs):
+        return None
+    losses = sweep_table(output_dir).set_index("run")["val_loss"]
+    return min(runs, key=lambda run: losses[run.name]).settings
+
+
+def _run(
+    run: PlannedRun, folder: Path, model: str, base_sha256: str, dataset: Dataset, resume: bool, say: Callable
+) -> None:
+    """Train a run, or go on with it; leave it as it is when it is finished."""
+    if not (folder / "history.csv").exists():
+        going_on = resume and (folder / STATE_NAME).exists()
+        train_lora(load_base(model), dataset, run.settings, folder, stage=run.stage, resume=going_on)
+        return
+    if read_json(folder / "config.json")["settings_sha256"] != settings_sha256(run.settings, dataset, base_sha256):
+        raise UserError(
+            f"{folder}: holds a finished run with other settings, data or base; choose another --output-dir or delete it"
+        )
+    say(f"{run.name}: done before")
+
+
+def _measure(
+    folder: Path,
+    model: str | None,
+    dataset: Dataset,
+    protocols: Iterable[str],
+    say: Callable,
+    split: str = "test",
+    limit: int | None = None,
+) -> None:
+    """Write the measurements of a run, or of an untrained base, into its folder, unless they are there for these data."""
+    path = folder / METRICS_NAME
+    if path.is_file() and all(row["data_sha256"] == dataset.sha256 for row in read_json(path)):
+        return
+    say(f"{folder.name}: forecasts of the {split} split")
+    if model:
+        base, codec, about = load_base(model), Codec(fit_scale(dataset.part("train"))), {}
+    else:
+        run = load_run(folder)
+        base, codec, about = run.base, run.codec, dict(run=str(folder), seed=run.settings.seed)
+    results = [r for p in protocols for r in evaluate(base, codec, dataset, p, split=split, limit=limit, **about)]
+    write_json(path, to_json(results))

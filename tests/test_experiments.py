@@ -1,0 +1,109 @@
+"""Carrying out a plan: in order, once, on from where it stopped, and never over another plan's runs."""
+
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import pytest
+
+from m2helpers import experiments
+from m2helpers.evaluation import evaluate
+from m2helpers.experiments import best_of_grid, run_plan, sweep_table
+from m2helpers.files import UserError, read_json
+from m2helpers.ledger import CapReached, Ledger
+from m2helpers.planning import Plan
+from m2helpers.settings import TrainSettings
+
+INITIAL = TrainSettings(
+    lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=4, max_length=48, eval_steps=2, save_steps=2, eval_windows=4
+)
+PLAN = Plan(
+    INITIAL,
+    replace(INITIAL, learning_rate=1e-5, max_length=64, max_steps=3),
+    learning_rates=(1e-4, 1e-3, 1e-2),
+    ranks=(1, 2, 4),
+    contexts=(32, 48),
+    precisions=(2, 1),
+    sweep_steps=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def short_series(monkeypatch):
+    """The small dataset's series are too short for the protocols as they are."""
+    monkeypatch.setattr(experiments, "evaluate", partial(evaluate, contexts=[64]))
+    monkeypatch.setattr(experiments, "PROTOCOLS", ("P5",))
+
+
+@pytest.fixture
+def run(tiny_folder, small_data, tmp_path):
+    """Carries out a plan in one folder; returns the plan as carried out and what was said."""
+
+    def carry_out(plan=PLAN, **options):
+        said = []
+        done = run_plan(plan, str(tiny_folder), small_data, tmp_path / "out", say=said.append, **options)
+        return done, said
+
+    return carry_out
+
+
+def test_a_whole_plan(run, tmp_path, small_data):
+    plan, said = run()
+    folder = tmp_path / "out"
+    table = sweep_table(folder)
+    rates, ranks = plan.learning_rates, plan.ranks
+    grid = table[(table["max_length"] == 48) & (table["precision"] == 2)]
+    assert set(PLAN.learning_rates) <= set(rates) and len(grid) == len(rates) * len(ranks) + 1
+    assert len(table) == len(grid) + 2  # one context and one precision more; the others are in the grid
+    best = grid.loc[grid["val_loss"].idxmin()]
+    assert best_of_grid(plan, folder).learning_rate == best["learning_rate"] == plan.final.learning_rate
+    assert read_json(folder / "final" / "config.json")["settings"]["learning_rate"] == best["learning_rate"]
+    widenings = said.count(
+        "the best run lies on the edge of the grid: one value more"
+    )  # two steps train best at the edge
+    assert 1 <= widenings <= 2 and len(rates) + len(ranks) > len(PLAN.learning_rates) + len(PLAN.ranks)
+    for name, split in (("base", "test"), ("initial", "test"), ("final", "test"), (best["run"], "validation")):
+        (row,) = read_json(folder / name / "metrics.json")
+        assert row["split"] == split and row["data_sha256"] == small_data.sha256
+    assert table["MAE, S = 64"].notna().any()
+
+    again, said = run()  # harmless
+    assert again.final == plan.final
+    assert sum("done before" in line for line in said) == len(again.runs) and not any(
+        "forecasts" in line for line in said
+    )
+
+
+def test_a_stopped_plan_goes_on(run, tmp_path, monkeypatch, tiny_folder):
+    """The cap leaves room for half of the initial run; with another ledger it goes on from there."""
+    small = Ledger(tmp_path / "small.sqlite", 2_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("m2helpers.models.default_ledger", lambda base: small)
+        small.cap = int(1e12)
+        run(stages=["initial"])
+        spent = sum(e["flops"] for e in small.entries() if e["kind"] == "train")
+        for path in sorted((tmp_path / "out").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        small.cap = small.spent() + int(0.8 * spent)
+        with pytest.raises(CapReached, match="stopped at step 2 of 4; --resume goes on from step 2"):
+            run(stages=["initial"])
+    with pytest.raises(UserError, match="holds a run that was stopped; add --resume"):
+        run(stages=["initial"])
+    run(stages=["initial"], resume=True)
+    assert pd.read_csv(tmp_path / "out" / "initial" / "history.csv")["step"].tolist() == [2, 4]
+
+
+def test_another_plans_runs_are_not_overwritten(run, tmp_path):
+    run(stages=["initial"])
+    before = (tmp_path / "out" / "initial" / "history.csv").read_bytes()
+    with pytest.raises(
+        UserError, match="holds a finished run with other settings, data or base; choose another --output-dir"
+    ):
+        run(replace(PLAN, initial=replace(INITIAL, seed=1)), stages=["initial"])
+    assert (tmp_path / "out" / "initial" / "history.csv").read_bytes() == before
+
+
+def test_one_sweep_alone(run, tmp_path):
+    plan, _ = run(stages=["context"])
+    assert plan == PLAN and best_of_grid(plan, tmp_path / "out") is None
+    assert sorted(sweep_table(tmp_path / "out")["max_length"]) == [32, 48]
