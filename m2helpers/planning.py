@@ -96,7 +96,7 @@ def _widen(values: tuple, best: float) -> tuple:
 
 _QWEN = TrainSettings(lora_r=4, learning_rate=1e-4, max_length=512, max_steps=1000)
 PLANS = {
-    "embedded": Plan(STAGES["initial"], STAGES["final"], learning_rates=(1e-3, 2e-3, 4e-3), sweep_steps=250),
+    "embedded": Plan(STAGES["initial"], STAGES["final"], learning_rates=(2.5e-3, 5e-3, 1e-2), sweep_steps=250),
     "qwen2.5-0.5b": Plan(  # as published
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)
     ),

@@ -76,6 +76,6 @@ class TrainSettings(LoraSettings):
 
 
 STAGES = {
-    "initial": TrainSettings(lora_r=4, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, max_length=768, max_steps=1000),
+    "initial": TrainSettings(lora_r=4, learning_rate=5e-3, max_length=512, max_steps=1000),
+    "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=700),
 }
