@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from .architecture import is_qwen2
 from .flops import CONVENTIONS, forward_account, generation_flops
 
 
@@ -26,11 +28,18 @@ class Cost:
 
 def forward_cost(config: object, batch_size: int, length: int, **settings: object) -> Cost:
     """Cost of one forward pass (settings as in `forward_account`); a training step is three of them."""
-    accounts = (forward_account(config, batch_size, length, convention=c, **settings) for c in CONVENTIONS)
-    return Cost(batch_size * length, *(account.forward for account in accounts))
+    price = lambda c: forward_account(config, batch_size, length, convention=c, **settings).forward  # noqa: E731
+    return Cost(batch_size * length, *_by_convention(config, price))
 
 
 def generation_cost(config: object, batch_size: int, prompt: int, new_tokens: int, **settings: object) -> Cost:
     """Cost of generating with a KV cache (arguments as in `generation_flops`)."""
-    flops = (generation_flops(config, batch_size, prompt, new_tokens, convention=c, **settings) for c in CONVENTIONS)
-    return Cost(batch_size * (prompt + new_tokens), *flops)
+    price = lambda c: generation_flops(config, batch_size, prompt, new_tokens, convention=c, **settings)  # noqa: E731
+    return Cost(batch_size * (prompt + new_tokens), *_by_convention(config, price))
+
+
+def _by_convention(config: object, price: Callable[[str], int]) -> tuple[int, int]:
+    """Both conventions; they are one for an architecture that is counted, not derived, and counting takes time."""
+    exact, course = CONVENTIONS
+    first = price(exact)
+    return first, price(course) if is_qwen2(config) else first

@@ -117,7 +117,6 @@ class Ledger:
         CapReached
             Before anything is spent, if it does not fit under the cap.
         """
-        most = {kind: cost for kind, cost in most.items() if cost.flops}
         needed = sum(cost.flops for cost in most.values())
         with self._transaction() as database:
             self._bury_the_dead(database)
