@@ -29,16 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"m2helpers {options.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a file that cannot be written, a full disk
-        print(
-            f"m2helpers {options.command}: {error.filename}: {error.strerror}; check the name and the disk",
-            file=sys.stderr,
-        )
+        print(f"m2helpers {options.command}: {error.filename}: {error.strerror}; check name and disk", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"m2helpers {options.command}: stopped; commands that have --resume go on from the last save",
-            file=sys.stderr,
-        )
+        print(f"m2helpers {options.command}: stopped; --resume goes on from the last save", file=sys.stderr)
         return 1
     return 0
 
@@ -249,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def data(added) -> None:
         added.add_argument(
-            "--data", type=Path, default=DATA_FILE, metavar="FILE", help="HDF5 dataset (default: the shipped one)"
+            "--data", type=Path, default=DATA_FILE, metavar="FILE", help="HDF5 (default: the shipped data)"
         )
 
     def model(added, with_run: bool = False) -> None:
@@ -303,9 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("evaluate", _evaluate, "measure a run, or an untrained base, beside the baselines")
     added.add_argument("--protocol", choices=("P5", "L50", "L20", "all"), default="P5")
     added.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    added.add_argument(
-        "--context", type=int, metavar="S", help="tokens of context, P5 only (default: 128, 512 and 768)"
-    )
+    added.add_argument("--context", type=int, metavar="S", help="tokens, P5 only (default: 128, 512 and 768)")
     added.add_argument("--json", type=Path, metavar="FILE")
     data(added)
     model(added, with_run=True)
@@ -313,13 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     added = command("forecast", _forecast, "forecast your own series, from CSV or HDF5")
     added.add_argument("file", type=Path, metavar="FILE")
     added.add_argument("--steps", type=int, required=True)
-    added.add_argument(
-        "--samples", type=int, default=0, help="sampled forecasts a series (default: one, the likeliest)"
-    )
+    added.add_argument("--samples", type=int, default=0, help="sampled forecasts a series (default: the likeliest)")
     added.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV to write")
-    added.add_argument(
-        "--scale", choices=("own", "run"), default="own", help="scale each series by its own context, or as the run did"
-    )
+    added.add_argument("--scale", choices=("own", "run"), default="own", help="by each series itself, or the run's")
     added.add_argument("--seed", type=int, default=0)
     model(added, with_run=True)
 
