@@ -164,11 +164,11 @@ def _flops(options) -> None:
     if options.plan:
         from .planning import find_plan, further_steps, plan_table
 
-        plan, config, dataset = find_plan(options.plan), _config(options.model), load_dataset()
-        table = plan_table(config, plan, dataset)
+        plan, config = find_plan(options.plan), _config(options.model)
+        table = plan_table(config, plan, load_dataset())
         if options.json:
             write_json(options.json, table.reset_index().to_dict("records"))
-        total, rest = table["exact"].sum(), further_steps(config, plan, dataset)
+        total, rest = table["exact"].sum(), further_steps(config, plan, table)
         print(table.to_string(formatters={"share of the cap": "{:.3%}".format}, float_format="{:.4g}".format))
         print(
             f"all of it: {total:.4g} FLOPs, {total / CAP:.2%} of {CAP:.0e}; the rest buys {rest:,} further steps of the final run"

@@ -78,9 +78,7 @@ def run_plan(
             _measure(output_dir / run.name, None, dataset, PROTOCOLS, say)
         if run.stage == "grid" and "grid" not in {left.stage for left in queue} and widened < WIDENINGS:
             wider = plan.widened(best_of_grid(plan, output_dir))
-            more = [
-                new for new in wider.runs if new.stage == "grid" and new.name not in {old.name for old in plan.runs}
-            ]
+            more = [run for run in wider.runs_of(["grid"]) if run not in plan.runs_of(["grid"])]
             if more:
                 say("the best run lies on the edge of the grid: one value more")
             queue, plan, widened = more + queue, wider, widened + 1
@@ -104,7 +102,7 @@ def sweep_table(output_dir: Path) -> pd.DataFrame:
 
 def best_of_grid(plan: Plan, output_dir: Path) -> TrainSettings | None:
     """Settings of the grid's run with the least validation loss; None while a run of the grid is missing."""
-    runs = [run for run in plan.runs if run.stage == "grid"]
+    runs = plan.runs_of(["grid"])
     if not all((Path(output_dir) / run.name / "history.csv").is_file() for run in runs):
         return None
     losses = sweep_table(output_dir).set_index("run")["val_loss"]

@@ -85,13 +85,13 @@ def generate(
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
     adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
     draws = torch.Generator(base.model.device).manual_seed(seed)
-    results: list[Generated | None] = [None] * len(ids)
+    ledger, results = base.ledger, [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompt, most = max(len(ids[i]) for i in rows), n_steps * longest_step
         at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
-        with base.ledger.reserve(base.spender, generate=at_most) as bill:
+        with ledger.reserve(base.spender, generate=at_most) as bill:
             written = _continue(base, [ids[i] for i in rows], separator, n_steps, most, temperature, draws)
             for i, tokens in zip(rows, written, strict=True):
                 cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)

@@ -104,11 +104,13 @@ class Ledger:
                 raise sqlite3.DatabaseError(" ".join(problem.split()))
 
     @contextmanager
-    def reserve(self, spender: Spender, **most: Cost) -> Iterator[Bill]:
+    def reserve(self, spender: Spender, place: str = "", /, **most: Cost) -> Iterator[Bill]:
         """Reserve the most that work can cost, and settle what it did cost when the block ends, however it ends.
 
         Parameters
         ----------
+        place : str
+            Put before the message of an error: how far the work had come.
         **most : Cost
             By kind: `train`, `validate`, `generate`.
 
@@ -123,7 +125,7 @@ class Ledger:
             left = self.cap - _total(database)
             if needed > left:
                 raise CapReached(
-                    f"{self.path}: {needed:.4g} FLOPs are needed next and {left:.4g} are left of {self.cap:.0e}; "
+                    f"{place}{self.path}: {needed:.4g} FLOPs are needed next and {left:.4g} are left of {self.cap:.0e}; "
                     "spend less, or start another ledger (see the page on the ledger)"
                 )
             rows = {kind: _insert(database, spender, kind, cost) for kind, cost in most.items()}
@@ -210,7 +212,7 @@ def _total(database: sqlite3.Connection) -> int:
 
 
 def _insert(database: sqlite3.Connection, spender: Spender, kind: str, cost: Cost) -> int:
-    names = ("time", "run", "stage", "kind", "settings_sha256", "tokens", "flops", "flops_course", "state", "owner")
+    names = (*COLUMNS[1:], "owner")
     amounts = (cost.tokens, cost.flops, cost.flops_course)
     values = (_now(), spender.run, spender.stage, kind, spender.settings_sha256, *amounts, "reserved", _owner())
     places = ", ".join("?" * len(names))

@@ -137,7 +137,7 @@ def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     """What a run costs at most, every window as long as the longest: training, and its validations."""
     adapted = dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
     step = forward_cost(config, settings.batch_size, settings.max_length, loss=True, **adapted)
-    validations = sum(map(settings.validates, range(1, settings.max_steps + 1)))
+    validations = settings.validations(0, settings.max_steps)
     batches = math.ceil(settings.eval_windows / settings.batch_size)
     return step * (3 * settings.max_steps), step * (validations * batches)
 
@@ -169,8 +169,8 @@ def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("stage")
 
 
-def further_steps(config: object, plan: Plan, dataset: Dataset) -> int:
-    """How many steps of its last run the rest of the cap would buy; negative when the plan does not fit."""
-    rest = CAP - int(plan_table(config, plan, dataset)["exact"].sum())
+def further_steps(config: object, plan: Plan, table: pd.DataFrame) -> int:
+    """How many steps of its last run the rest of the cap would buy, from the plan's `plan_table`; negative if it does not fit."""
+    rest = CAP - int(table["exact"].sum())
     last = plan.runs[-1].settings
     return rest // (sum(run_cost(config, last), Cost()).flops // last.max_steps)

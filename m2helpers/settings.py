@@ -66,6 +66,10 @@ class TrainSettings(LoraSettings):
         """Whether the validation loss is measured after so many steps."""
         return step % self.eval_steps == 0 or step == self.max_steps
 
+    def validations(self, first: int, stop: int) -> int:
+        """How many validations fall to the steps after `first`, up to and with `stop`."""
+        return sum(map(self.validates, range(first + 1, stop + 1)))
+
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         warmup = max(1, round(self.warmup_ratio * self.max_steps))

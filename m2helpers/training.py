@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from .costs import Cost, forward_cost
 from .data import Dataset
 from .files import UserError, write_json
-from .ledger import CapReached, Spender
+from .ledger import Spender
 from .lora import WEIGHTS_NAME, apply_lora, load_weights, save_adapter, trainable_parameters
 from .models import Base
 from .runs import STATE_NAME, check_folder, describe, finish
@@ -104,21 +103,18 @@ def train_lora(
         load_weights(best, folder / WEIGHTS_NAME)
 
     spender = Spender(folder.resolve().name if folder else "unsaved", stage, config["settings_sha256"])
-    full = cost((settings.batch_size, max(map(len, train + validation))))  # no batch costs more
-    validate_once = full * math.ceil(len(validation) / settings.batch_size)
+    ledger = base.ledger
+    full = cost((settings.batch_size, max(map(len, train))))  # no batch costs more
+    validate_once = _validation_at_most(validation, settings, cost)
     started, tokens = time.monotonic(), 0
     name = folder.name if folder else "training"
     with tqdm(total=settings.max_steps, initial=record["step"], desc=name, unit="step", disable=not progress) as bar:
         while (first := record["step"]) < settings.max_steps:
             stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
-            validations = sum(map(settings.validates, range(first + 1, stop + 1)))
-            most = {"train": full * (3 * (stop - first)), "validate": validate_once * validations}
-            with ExitStack() as stack:
-                try:
-                    bill = stack.enter_context(base.ledger.reserve(spender, **most))
-                except CapReached as error:
-                    saved = f"; --resume goes on from step {first:,}" if folder and first else ""
-                    raise CapReached(f"stopped at step {first:,} of {settings.max_steps:,}{saved}. {error}") from None
+            train_most, validate_most = full * (3 * (stop - first)), validate_once * settings.validations(first, stop)
+            saved = f"; --resume goes on from step {first:,}" if folder and first else ""
+            place = f"stopped at step {first:,} of {settings.max_steps:,}{saved}. "
+            with ledger.reserve(spender, place, train=train_most, validate=validate_most) as bill:
                 for step in range(first, stop):
                     loss, shape = _step(base, settings, train, step, parameters, optimizer)
                     bill.add("train", cost(shape) * 3)
@@ -160,8 +156,7 @@ def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int 
     """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
     settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
     cost = _forward_cost(base, settings)
-    most = cost((settings.batch_size, max(map(len, parts)))) * math.ceil(len(parts) / settings.batch_size)
-    with base.ledger.reserve(base.spender, validate=most) as bill:
+    with base.ledger.reserve(base.spender, validate=_validation_at_most(parts, settings, cost)) as bill:
         loss, spent = _validate(base, settings, parts, cost)
         bill.add("validate", spent)
     return loss
@@ -216,6 +211,14 @@ def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[
     scored = (mask[:, :-1] == 1) & (mask[:, 1:] == 1)  # a prediction needs a real token before it and one to be
     logits = base.model.get_output_embeddings()(hidden[:, :-1][scored])  # (scored tokens, vocab)
     return F.cross_entropy(logits.float(), ids[:, 1:][scored]), tuple(ids.shape)
+
+
+def _validation_at_most(
+    validation: Sequence[np.ndarray], settings: TrainSettings, cost: Callable[[tuple[int, int]], Cost]
+) -> Cost:
+    """What one validation can cost: every batch full, and as long as its longest window."""
+    longest = max(map(len, validation))
+    return cost((settings.batch_size, longest)) * math.ceil(len(validation) / settings.batch_size)
 
 
 @torch.no_grad()

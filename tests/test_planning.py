@@ -68,7 +68,7 @@ def test_a_plan_is_the_sum_of_its_parts(small_data):
         patch.setattr("m2helpers.planning.P5_CONTEXTS", (64,))
         patch.setattr("m2helpers.planning.forecast_sizes", lambda *_: {(64, 30): 5})
         table = plan_table(QWEN_05B, plan, small_data)
-        rest = further_steps(QWEN_05B, plan, small_data)
+        rest = further_steps(QWEN_05B, plan, table)
     generate = generation_cost(QWEN_05B, 1, 64, 30).flops * 5
     assert table["generate"].tolist() == [0, 0, 0, generate]
     assert (table["exact"] == table["train"] + table["validate"] + table["generate"]).all()

@@ -51,6 +51,26 @@ def train(tiny_base, small_data):
     )
 
 
+@pytest.fixture
+def stop_in_step_six(train, monkeypatch):
+    """Trains into a folder and is interrupted in step 6, between two saves."""
+
+    def stopped(folder):
+        steps, loss = [], training._loss
+
+        def stop(base, batch):
+            steps.append(base.model.training)
+            if sum(steps) == 6:
+                raise KeyboardInterrupt
+            return loss(base, batch)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "_loss", stop)
+            train(QUICK, folder)
+
+    return stopped
+
+
 @pytest.fixture(scope="module")
 def run(tiny_folder, small_data, tmp_path_factory):
     """A finished run: its folder and its result."""
@@ -110,20 +130,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, monke
     assert sorted(p.name for p in folder.iterdir()) == FILES
 
 
-def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path, monkeypatch):
+def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path, stop_in_step_six):
     """Stopped at step 5, after the validation of step 4 wrote a better adapter than the state of step 3 knows of."""
-    folder, steps = tmp_path / "run", []
-
-    def stop(base, batch):
-        steps.append(base.model.training)
-        if sum(steps) == 6:
-            raise KeyboardInterrupt
-        return loss(base, batch)
-
-    loss = training._loss
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_loss", stop)
-        train(QUICK, folder)
+    folder = tmp_path / "run"
+    stop_in_step_six(folder)
     with pytest.raises(UserError, match="not finished; go on with 'train --resume"):
         load_run(folder)
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
@@ -253,20 +263,9 @@ def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
 
 
-def test_repeated_steps_are_charged_again(train, tmp_path, ledger, monkeypatch):
+def test_repeated_steps_are_charged_again(train, tmp_path, ledger, stop_in_step_six):
     """Stopped in step 6: steps 4 and 5 are on the bill, and once more after the resume."""
-    steps = []
-
-    def stop(base, batch):
-        steps.append(base.model.training)
-        if sum(steps) == 6:
-            raise KeyboardInterrupt
-        return loss(base, batch)
-
-    loss = training._loss
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_loss", stop)
-        train(QUICK, tmp_path / "run")
+    stop_in_step_six(tmp_path / "run")
     before = ledger().spent()
     result = train(QUICK, tmp_path / "run", resume=True)
     trained = [e["tokens"] for e in ledger().entries() if e["kind"] == "train"]
