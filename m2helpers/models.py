@@ -143,14 +143,22 @@ def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether matrix products in bfloat16 are the faster ones on a kind of device (``cpu``, ``cuda``)."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
 def embedded_config(**changes) -> Qwen2Config:
-    """The architecture of the embedded base: Qwen2, 2.4 M parameters, grouped-query attention, tied embeddings."""
+    """The architecture of the embedded base: Qwen2, 3.6 M parameters, grouped-query attention, tied embeddings."""
     settings = dict(
         vocab_size=256 + len(SPECIAL_TOKENS),
-        hidden_size=192,
+        hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         rms_norm_eps=1e-6,

@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
 from .costs import forward_cost
+from .families import FAMILIES
 from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
-from .models import Base, embedded_config, embedded_tokenizer, load_base
+from .models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base
 from .muon import Muon
 from .state import load_state, save_state
-from .synthetic import FAMILIES, draw_texts
+from .synthetic import draw_texts
 from .text import left_pad, tokenise
 
 BLOCK = 256  # steps whose texts are drawn together: the integrators work on many systems at once
@@ -54,8 +55,10 @@ class PretrainSettings:
     """On the matrices of the layers, not on the embedding, norms and biases."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
-    eval_steps: int = 250
-    """Steps between validations."""
+    log_steps: int = 25
+    """Steps between rows of the history."""
+    eval_steps: int = 500
+    """Steps between validations; a multiple of `log_steps`."""
     save_steps: int = 100
     """Steps between saves."""
     seed: int = 0
@@ -129,6 +132,7 @@ def pretrain(
     tokenizer = embedded_tokenizer()
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(settings, parameters)
+    arithmetic = torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device))
     if resume:
         asked, record = record, load_state(state_path, parameters, optimizer)
         if record["before"] != asked["before"]:
@@ -140,16 +144,18 @@ def pretrain(
             )
 
     started, before = time.monotonic(), record["seconds"]
-    losses = record.setdefault("losses", [])  # since the last validation
+    losses = record.setdefault("losses", [])  # since the last row of the history
     bar = tqdm(total=settings.max_steps, initial=record["step"], desc="pre-training", unit="step", mininterval=1)
     while record["step"] < settings.max_steps:
         step = record["step"]
         for group in optimizer.param_groups:
             group["lr"] = group["plateau"] * settings.schedule(step)
-        loss = _loss(model, _batch(settings, step, tokenizer), device)
+        with arithmetic:
+            loss = _loss(model, _batch(settings, step, tokenizer), device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        optimizer.step()
+        with arithmetic:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         record["step"] = step + 1
@@ -159,18 +165,15 @@ def pretrain(
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         last = record["step"] == settings.max_steps
         out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
-        if record["step"] % settings.eval_steps == 0 or last:
-            by_family = _validate(model, tokenizer, settings, device)
-            record["loss_by_family"] = by_family
-            row = {
-                "step": record["step"],
-                "loss": float(np.mean(losses)),
-                "val_loss": float(np.mean(list(by_family.values()))),
-            }
-            record["history"].append(
-                row | {"learning_rate": settings.learning_rate * settings.schedule(step), "tokens_per_second": speed}
-            )
-            bar.write(f"step {row['step']}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
+        validate = record["step"] % settings.eval_steps == 0 or last
+        if record["step"] % settings.log_steps == 0 or validate:
+            row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
+            row["learning_rate"] = settings.learning_rate * settings.schedule(step)
+            if validate:
+                record["loss_by_family"] = _validate(model, tokenizer, settings, device)
+                row["val_loss"] = float(np.mean(list(record["loss_by_family"].values())))
+                bar.write(f"step {step + 1}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
+            record["history"].append(row)
             losses.clear()
         if record["step"] % settings.save_steps == 0 or last or out_of_time:
             save_state(state_path, parameters, optimizer, record)
@@ -271,9 +274,11 @@ def _validate(model, tokenizer, settings: PretrainSettings, device) -> dict[str,
 
 def _account(settings: PretrainSettings, model) -> dict:
     step = 3 * forward_account(model.config, settings.batch_size, settings.max_length, head_bias=False).forward
+    device = model.device.type
     machine = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    if torch.cuda.is_available():
+    if device == "cuda":
         machine = torch.cuda.get_device_name()
+    machine += ", bfloat16" if has_bfloat16(device) else ", float32"
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     return {
         "architecture": {name: getattr(model.config, name) for name in sizes},

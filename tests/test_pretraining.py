@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from m2helpers import pretraining
+from m2helpers.families import FAMILIES
 from m2helpers.files import UserError, read_json, sha256_file
 from m2helpers.flops import forward_account
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
 from m2helpers.pretraining import PretrainSettings, mixture_loss, model_card, pretrain
-from m2helpers.synthetic import FAMILIES
 from m2helpers.text import left_pad, tokenise
 
 TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -23,6 +23,7 @@ QUICK = PretrainSettings(
     batch_size=2,
     max_length=32,
     warmup_steps=2,
+    log_steps=2,
     eval_steps=3,
     save_steps=2,
     learning_rate=1e-2,
@@ -119,7 +120,8 @@ def test_the_record_says_what_was_done(whole):
     folder, record = whole
     assert read_json(folder / "pretraining.json") == json.loads(json.dumps(record))
     assert record["step"] == 7 and record["tokens"] == 7 * 2 * 32
-    assert [row["step"] for row in record["history"]] == [3, 6, 7]
+    assert [row["step"] for row in record["history"]] == [2, 3, 4, 6, 7]
+    assert [row["step"] for row in record["history"] if row["val_loss"] is not None] == [3, 6, 7]
     assert set(record["loss_by_family"]) == {"pendulum", "lorenz"}
     assert record["history"][-1]["val_loss"] == pytest.approx(np.mean(list(record["loss_by_family"].values())))
     config = load_base(str(folder)).model.config

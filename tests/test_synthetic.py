@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from m2helpers.synthetic import FAMILIES, draw_series, draw_texts
+from m2helpers.families import FAMILIES
+from m2helpers.synthetic import draw_series, draw_texts
 from m2helpers.text import Codec
 
 NAMES = {
@@ -16,6 +17,7 @@ NAMES = {
     "delayed_feedback",
     "duffing",
     "epidemic",
+    "exponential_systems",
     "exponential_oscillations",
     "fitzhugh_nagumo",
     "glycolysis",
@@ -27,15 +29,17 @@ NAMES = {
     "noise_with_memory",
     "pendulum",
     "products",
+    "random_networks",
     "repressilator",
     "rossler",
+    "schnakenberg",
     "smooth_random",
     "steps_and_spikes",
     "trend_and_season",
     "two_species_competition",
     "van_der_pol",
 }
-PREDATOR_PREY = r"predat|prey|lotka|volterra|rosenzweig|macarthur|holling|leslie|gower|consumer|lynx|hare\b"
+PREDATOR_PREY = r"predat|prey|lotka|volterra|rosenzweig|macarthur|holling|leslie|gower|consumer|lynx|\bhare\b"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,6 @@ def test_families_have_equal_shares(monkeypatch):
         lambda rng, n, steps, name: calls.append((name, n)) or [np.ones((steps, 1))] * n,
     )
     assert len(draw_texts([0], 100, 50)) == 100
-    assert {name for name, _ in calls} == NAMES and {n for _, n in calls} == {5}
+    assert {name for name, _ in calls} == NAMES and {n for _, n in calls} == {4}
     calls.clear()
     assert len(draw_texts([0], 7, 50, family="lorenz")) == 7 and calls == [("lorenz", 7)]
