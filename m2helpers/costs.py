@@ -22,12 +22,16 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.tokens + other.tokens, self.flops + other.flops, self.flops_course + other.flops_course)
 
+    def trained(self) -> Cost:
+        """Cost of a training step on what this forward pass ran over: the backward pass costs two more of it."""
+        return Cost(self.tokens, 3 * self.flops, 3 * self.flops_course)
+
     def __mul__(self, times: int) -> Cost:
         return Cost(self.tokens * times, self.flops * times, self.flops_course * times)
 
 
 def forward_cost(config: object, batch_size: int, length: int, **settings: object) -> Cost:
-    """Cost of one forward pass (settings as in `forward_account`); a training step is three of them."""
+    """Cost of one forward pass (settings as in `forward_account`)."""
     price = lambda c: forward_account(config, batch_size, length, convention=c, **settings).forward  # noqa: E731
     return Cost(batch_size * length, *_by_convention(config, price))
 

@@ -13,8 +13,9 @@ from .evaluation import PROTOCOLS, evaluate, to_json
 from .files import UserError, read_json, write_json
 from .models import load_base
 from .planning import STAGE_ORDER, SWEEPS, Plan, PlannedRun
-from .runs import STATE_NAME, load_run, settings_sha256
+from .runs import is_finished, load_run, settings_sha256
 from .settings import TrainSettings
+from .state import has_state
 from .text import Codec, fit_scale
 from .training import train_lora
 
@@ -113,8 +114,8 @@ def _run(
     run: PlannedRun, folder: Path, model: str, base_sha256: str, dataset: Dataset, resume: bool, say: Callable
 ) -> None:
     """Train a run, or go on with it; leave it as it is when it is finished."""
-    if not (folder / "history.csv").exists():
-        going_on = resume and (folder / STATE_NAME).exists()
+    if not is_finished(folder):
+        going_on = resume and has_state(folder)
         train_lora(load_base(model), dataset, run.settings, folder, stage=run.stage, resume=going_on)
         return
     if read_json(folder / "config.json")["settings_sha256"] != settings_sha256(run.settings, dataset, base_sha256):

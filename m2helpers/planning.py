@@ -139,7 +139,7 @@ def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     step = forward_cost(config, settings.batch_size, settings.max_length, loss=True, **adapted)
     validations = settings.validations(0, settings.max_steps)
     batches = math.ceil(settings.eval_windows / settings.batch_size)
-    return step * (3 * settings.max_steps), step * (validations * batches)
+    return step.trained() * settings.max_steps, step * (validations * batches)
 
 
 def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:

@@ -23,9 +23,10 @@ from .costs import forward_cost
 from .families import FAMILIES
 from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
-from .models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base
+from .models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
 from .muon import Muon
-from .state import load_state, save_state
+from .signals import Stopped, stop_on_signal
+from .state import delete_state, has_state, load_state, save_state
 from .synthetic import draw_texts
 from .text import left_pad, tokenise
 
@@ -109,16 +110,17 @@ def pretrain(
     ------
     UserError
         If the folder holds another run, there is nothing to resume, or `start` has no record of its pre-training.
+    Stopped
+        On Ctrl-C or SIGTERM, after a save.
     """
     output_dir = Path(output_dir)
-    state_path = output_dir / "state.safetensors"
-    if resume != state_path.exists():
+    if resume != has_state(output_dir):
         remedy = (
             "nothing to resume, leave --resume out"
             if resume
             else "holds a run that was stopped; add --resume or delete it"
         )
-        raise UserError(f"{state_path}: {remedy}")
+        raise UserError(f"{output_dir}: {remedy}")
     if not resume and (output_dir / "config.json").exists():
         raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
     torch.manual_seed(settings.seed)
@@ -132,55 +134,60 @@ def pretrain(
     tokenizer = embedded_tokenizer()
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(settings, parameters)
-    arithmetic = torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device))
     if resume:
-        asked, record = record, load_state(state_path, parameters, optimizer)
+        asked, record = record, load_state(output_dir, parameters, optimizer)
         if record["before"] != asked["before"]:
-            raise UserError(f"{state_path}: started from other weights; give the same --model to resume")
+            raise UserError(f"{output_dir}: started from other weights; give the same --model to resume")
         if record["settings"] != asked["settings"]:
             changed = [k for k, v in asked["settings"].items() if record["settings"].get(k) != v]
             raise UserError(
-                f"{state_path}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
+                f"{output_dir}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
             )
 
     started, before = time.monotonic(), record["seconds"]
     losses = record.setdefault("losses", [])  # since the last row of the history
-    bar = tqdm(total=settings.max_steps, initial=record["step"], desc="pre-training", unit="step", mininterval=1)
-    while record["step"] < settings.max_steps:
-        step = record["step"]
-        for group in optimizer.param_groups:
-            group["lr"] = group["plateau"] * settings.schedule(step)
-        with arithmetic:
-            loss = _loss(model, _batch(settings, step, tokenizer), device)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        with arithmetic:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        record["step"] = step + 1
-        record["seconds"] = before + time.monotonic() - started
-        speed = record["step"] * settings.batch_size * settings.max_length / record["seconds"]
-        bar.update()
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        last = record["step"] == settings.max_steps
-        out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
-        validate = record["step"] % settings.eval_steps == 0 or last
-        if record["step"] % settings.log_steps == 0 or validate:
-            row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
-            row["learning_rate"] = settings.learning_rate * settings.schedule(step)
-            if validate:
-                record["loss_by_family"] = _validate(model, tokenizer, settings, device)
-                row["val_loss"] = float(np.mean(list(record["loss_by_family"].values())))
-                bar.write(f"step {step + 1}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}")
-            record["history"].append(row)
-            losses.clear()
-        if record["step"] % settings.save_steps == 0 or last or out_of_time:
-            save_state(state_path, parameters, optimizer, record)
-        if out_of_time and not last:
-            bar.close()
-            return record
-    bar.close()
+    shown = dict(desc="pre-training", unit="step", mininterval=1)
+    with stop_on_signal() as asked_to_stop, tqdm(total=settings.max_steps, initial=record["step"], **shown) as bar:
+        while record["step"] < settings.max_steps:
+            step = record["step"]
+            for group in optimizer.param_groups:
+                group["lr"] = group["plateau"] * settings.schedule(step)
+            with mixed_precision(model):
+                loss = _loss(model, _batch(settings, step, tokenizer), device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            with mixed_precision(model):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            record["step"] = step + 1
+            record["seconds"] = before + time.monotonic() - started
+            speed = record["step"] * settings.batch_size * settings.max_length / record["seconds"]
+            bar.update()
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            last = record["step"] == settings.max_steps
+            out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
+            stop = out_of_time or asked_to_stop()
+            validate = record["step"] % settings.eval_steps == 0 or last
+            if record["step"] % settings.log_steps == 0 or validate:
+                row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
+                row["learning_rate"] = settings.learning_rate * settings.schedule(step)
+                if validate:
+                    record["loss_by_family"] = _validate(model, tokenizer, settings, device)
+                    row["val_loss"] = float(np.mean(list(record["loss_by_family"].values())))
+                    bar.write(
+                        f"step {step + 1}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}"
+                    )
+                record["history"].append(row)
+                losses.clear()
+            if record["step"] % settings.save_steps == 0 or last or stop:
+                save_state(output_dir, parameters, optimizer, record)
+            if stop and not last:
+                break
+    if record["step"] < settings.max_steps:
+        if not out_of_time:
+            raise Stopped(f"{output_dir}: stopped at step {record['step']:,}; --resume goes on from there")
+        return record
     del record["losses"]  # empty by now
     record |= _account(settings, model)
     sittings = [*record["before"], record]
@@ -189,7 +196,7 @@ def pretrain(
     tokenizer.save_pretrained(output_dir)
     write_json(output_dir / "pretraining.json", record)
     write_text(output_dir / "README.md", model_card(record))
-    state_path.unlink()
+    delete_state(output_dir)
     return record
 
 

@@ -16,12 +16,11 @@ import transformers
 
 from .data import Dataset
 from .files import UserError, read_json, sha256_json, write_text
-from .lora import load_adapter, merge, parameter_report
+from .lora import load_adapter, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .settings import TrainSettings
+from .state import delete_state, has_state
 from .text import Codec
-
-STATE_NAME = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "settings_sha256" not in config:  # a base has a config.json as well
         raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
-    if (folder / STATE_NAME).exists():
+    if has_state(folder):
         raise UserError(f"{folder}: this run is not finished; go on with 'train --resume --output-dir {folder}'")
     if not (folder / "history.csv").exists():
         raise UserError(f"{folder}: this run was stopped before its first save; train it again")
@@ -105,24 +104,29 @@ def check_folder(folder: Path | None, config: dict, resume: bool) -> None:
         if resume:
             raise UserError("resume needs the output_dir of the run to go on with")
         return
-    state = folder / STATE_NAME
     if resume:
-        if not state.exists():
-            raise UserError(f"{folder}: nothing to resume (no {STATE_NAME}); leave --resume out to start the run")
+        if not has_state(folder):
+            raise UserError(f"{folder}: nothing to resume (no saved state); leave --resume out to start the run")
         before = read_json(folder / "config.json")
         if before["settings_sha256"] != config["settings_sha256"]:
             raise UserError(f"{folder}: was started with other settings, data or base; give the same ones to resume")
-    elif state.exists():
+    elif has_state(folder):
         raise UserError(f"{folder}: holds a run that was stopped; add --resume to go on with it, or delete it")
     elif (folder / "history.csv").exists():  # without it, the run was stopped before its first save: nothing is lost
         raise UserError(f"{folder}: holds a finished run; choose another folder or delete it")
 
 
-def finish(folder: Path, history: pd.DataFrame, config: dict, model: torch.nn.Module) -> None:
-    """Write a run's history and model card, and delete the state it would have resumed from."""
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run that is done. One killed while it wrote its last files still has its state."""
+    return (Path(folder) / "history.csv").exists() and not has_state(folder)
+
+
+def finish(folder: Path, history: pd.DataFrame, config: dict, settings: TrainSettings, base: Base) -> None:
+    """Write a run's adapter, history and model card, and delete the state it would have resumed from."""
+    save_adapter(base.model, folder, settings, base.name, base.sha256)
     write_text(folder / "history.csv", history.to_csv(index=False))
-    write_text(folder / "README.md", _model_card(folder.name, history, config, parameter_report(model)))
-    (folder / STATE_NAME).unlink()
+    write_text(folder / "README.md", _model_card(folder.name, history, config, parameter_report(base.model)))
+    delete_state(folder)
 
 
 def _model_card(name: str, history: pd.DataFrame, config: dict, counts: dict[str, int]) -> str:

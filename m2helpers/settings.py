@@ -50,12 +50,20 @@ class TrainSettings(LoraSettings):
     """Of the LoRA matrices, the order of windows and dropout."""
     precision: int = 2
     """Decimals of the text."""
+    rescale: float = 0.0
+    """Each time a training series is read, its values are multiplied by e^U(−rescale, rescale)."""
+    random_start: int = 0
+    """1: training windows begin anywhere in their series; 0: at multiples of `max_length`."""
 
     def __post_init__(self):
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
+        if not 0 <= self.rescale <= 2:
+            raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
+        if self.random_start not in (0, 1):
+            raise UserError(f"random_start {self.random_start}: give 0 or 1")
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")

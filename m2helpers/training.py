@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +24,11 @@ from .costs import Cost, forward_cost
 from .data import Dataset
 from .files import UserError, write_json
 from .ledger import Spender
-from .lora import WEIGHTS_NAME, apply_lora, load_weights, save_adapter, trainable_parameters
-from .models import Base
-from .runs import STATE_NAME, check_folder, describe, finish
+from .lora import apply_lora, trainable_parameters
+from .models import Base, mixed_precision
+from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
+from .signals import Stopped, stop_on_signal
 from .state import load_state, save_state
 from .text import Codec, fit_scale, left_pad, tokenise, windows
 
@@ -78,78 +79,143 @@ def train_lora(
         If the folder holds a run already, or nothing to resume, or a run with other settings; or the loss diverges.
     CapReached
         If the steps up to the next save do not fit under the cap; what was saved before stays, to be gone on with.
+    Stopped
+        On Ctrl-C or SIGTERM, once the step in hand is done and everything is saved.
     """
     folder = Path(output_dir) if output_dir is not None else None
+    name = folder.resolve().name if folder else "unsaved"
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
     config = describe(base, dataset, settings, codec, stage)
     check_folder(folder, config, resume)
-    train = _windows(dataset.part("train"), codec, base, settings.max_length)
-    validation = _windows(dataset.part("validation"), codec, base, settings.max_length)
-    chosen = np.random.default_rng(0).permutation(len(validation))[: settings.eval_windows]
-    validation = [validation[i] for i in chosen]
-
-    torch.manual_seed(settings.seed)
-    model = apply_lora(base.model, settings)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": []}  # losses since the last validation
-    cost = _forward_cost(base, settings)
+    work = _Training(base, dataset, settings, codec)
     if resume:
-        record = load_state(folder / STATE_NAME, parameters, optimizer)
+        work.record = load_state(folder, work.parameters, work.optimizer, work.best)
     elif folder:
         write_json(folder / "config.json", config)
-    best = {name: p.detach().clone() for name, p in parameters.items()}
-    if record["best"] is not None:
-        load_weights(best, folder / WEIGHTS_NAME)
 
-    spender = Spender(folder.resolve().name if folder else "unsaved", stage, config["settings_sha256"])
-    ledger = base.ledger
-    full = cost((settings.batch_size, max(map(len, train))))  # no batch costs more
-    validate_once = _validation_at_most(validation, settings, cost)
+    record, ledger, spender = work.record, base.ledger, Spender(name, stage, config["settings_sha256"])
     started, tokens = time.monotonic(), 0
-    name = folder.name if folder else "training"
-    with tqdm(total=settings.max_steps, initial=record["step"], desc=name, unit="step", disable=not progress) as bar:
-        while (first := record["step"]) < settings.max_steps:
+    shown = dict(desc=name, unit="step", disable=not progress)
+    with stop_on_signal() as asked_to_stop, tqdm(total=settings.max_steps, initial=record["step"], **shown) as bar:
+        while not work.finished:
+            first = record["step"]
             stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
-            train_most, validate_most = full * (3 * (stop - first)), validate_once * settings.validations(first, stop)
             saved = f"; --resume goes on from step {first:,}" if folder and first else ""
             place = f"stopped at step {first:,} of {settings.max_steps:,}{saved}. "
-            with ledger.reserve(spender, place, train=train_most, validate=validate_most) as bill:
-                for step in range(first, stop):
-                    loss, shape = _step(base, settings, train, step, parameters, optimizer)
-                    bill.add("train", cost(shape) * 3)
-                    if not math.isfinite(loss):
-                        raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
-                    record["losses"].append(loss)
-                    record["flops"] += 3 * cost(shape).flops
-                    record["step"] = step + 1
-                    tokens += shape[0] * shape[1]
-                    speed = tokens / (time.monotonic() - started)
-                    bar.update()
-                    shown = f"loss {loss:.3f}, {speed:,.0f} tokens/s, {record['flops']:.2e} FLOPs"
-                    bar.set_postfix_str(shown, refresh=False)
-                    if not settings.validates(step + 1):
+            with ledger.reserve(spender, place, **work.most(stop)) as bill:
+                while (record["step"] < stop or record["due"]) and not asked_to_stop():
+                    if record["due"]:
+                        bill.add("validate", work.validate(asked_to_stop))
                         continue
-                    val_loss, spent = _validate(base, settings, validation, cost)
-                    bill.add("validate", spent)
-                    record["flops"] += spent.flops
-                    row = {"step": step + 1, "loss": float(np.mean(record["losses"])), "val_loss": val_loss}
-                    row |= {"learning_rate": settings.rate(step), "tokens_per_second": round(speed, 1)}
-                    record["history"].append(row | {"flops": record["flops"]})
-                    record["losses"] = []
-                    if record["best"] is None or val_loss < record["best"]:
-                        record["best"] = val_loss
-                        best = {name: p.detach().clone() for name, p in parameters.items()}
-                        if folder:
-                            save_adapter(model, folder, settings, base.name, base.sha256)
+                    spent = work.step()
+                    bill.add("train", spent)
+                    tokens += spent.tokens
+                    record["speed"] = round(tokens / (time.monotonic() - started), 1)
+                    bar.update()
+                    now = (
+                        f"loss {record['losses'][-1]:.3f}, {record['speed']:,.0f} tokens/s, {record['flops']:.2e} FLOPs"
+                    )
+                    bar.set_postfix_str(now, refresh=False)
             if folder:
-                save_state(folder / STATE_NAME, parameters, optimizer, record)
-    for name, p in parameters.items():
-        p.data.copy_(best[name])
+                save_state(folder, work.parameters, work.optimizer, record, work.best)
+            if asked_to_stop() and not work.finished:
+                saved = "; --resume goes on from there" if folder else ""
+                raise Stopped(f"{name}: stopped at step {record['step']:,} of {settings.max_steps:,}{saved}")
+    for key, p in work.parameters.items():
+        p.data.copy_(work.best[key])
     history = pd.DataFrame(record["history"])
     if folder:
-        finish(folder, history, config, model)
-    return TrainResult(model.eval(), history)
+        finish(folder, history, config, settings, base)
+    return TrainResult(base.model.eval(), history)
+
+
+class _Training:
+    """A run in hand: what it trains, what is due next, and what the steps kept so far were and cost."""
+
+    def __init__(self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec) -> None:
+        self.base, self.settings = base, settings
+        self.codec, self.series = codec, dataset.part("train")
+        self.train = _windows(self.series, codec, base, settings.max_length)
+        validation = _windows(dataset.part("validation"), codec, base, settings.max_length)
+        chosen = np.random.default_rng(0).permutation(len(validation))[: settings.eval_windows]
+        self.validation = [validation[i] for i in chosen]
+        torch.manual_seed(settings.seed)
+        self.parameters = trainable_parameters(apply_lora(base.model, settings))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # due: a validation is; losses: of the steps since the last validation
+        self.record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": [], "due": False, "speed": 0.0}
+        self.cost = _forward_cost(base, settings)
+
+    @property
+    def finished(self) -> bool:
+        return self.record["step"] == self.settings.max_steps and not self.record["due"]
+
+    def most(self, stop: int) -> dict[str, Cost]:
+        """What the steps up to `stop` and their validations can cost, by kind."""
+        first, settings = self.record["step"], self.settings
+        augmented = settings.rescale or settings.random_start
+        longest = settings.max_length if augmented else max(map(len, self.train))  # no batch costs more
+        step = self.cost((settings.batch_size, longest)).trained()
+        validations = settings.validations(first, stop) + self.record["due"]
+        validation = _validation_at_most(self.validation, settings, self.cost)
+        return {"train": step * (stop - first), "validate": validation * validations}
+
+    def step(self) -> Cost:
+        """Take one optimizer step."""
+        step, settings = self.record["step"], self.settings
+        torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        self.base.model.train()
+        places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+        with mixed_precision(self.base.model):
+            loss, shape = _loss(self.base, [self.window(place) for place in places])
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
+        nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        spent = self.cost(shape).trained()
+        self.record |= {"step": step + 1, "due": settings.validates(step + 1)}
+        self.record["losses"].append(loss.item())
+        self.record["flops"] += spent.flops
+        return spent
+
+    def window(self, place: int) -> np.ndarray:
+        """The training window at a place in an endless row of shuffled epochs: its token ids."""
+        settings = self.settings
+        if not settings.rescale and not settings.random_start:
+            return self.train[_pick(settings.seed, place, len(self.train))]
+        draw = np.random.default_rng([settings.seed, 1, place])
+        values = self.series[_pick(settings.seed, place, len(self.series))]
+        values = values * np.exp(draw.uniform(-settings.rescale, settings.rescale))
+        (ids,) = tokenise([self.codec.encode(values)], self.base.tokenizer)
+        length = settings.max_length
+        if settings.random_start:
+            start = draw.integers(max(1, len(ids) - length + 1))
+            return ids[start : start + length]
+        start, stop = draw.choice([w for w in windows(len(ids), length, length) if w[1] - w[0] > 1])
+        return ids[start:stop]
+
+    def validate(self, asked_to_stop: Callable[[], bool]) -> Cost:
+        """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""
+        record = self.record
+        loss, spent = _validate(self.base, self.settings, self.validation, self.cost, asked_to_stop)
+        if loss is None:
+            return spent
+        record["flops"] += spent.flops
+        row = {"step": record["step"], "loss": float(np.mean(record["losses"])), "val_loss": loss}
+        row |= {"learning_rate": self.settings.rate(record["step"] - 1), "tokens_per_second": record["speed"]}
+        record["history"].append(row | {"flops": record["flops"]})
+        record |= {"losses": [], "due": False}
+        if record["best"] is None or loss < record["best"]:
+            record["best"] = loss
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return spent
 
 
 def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
@@ -168,31 +234,9 @@ def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) ->
     return [ids[start:stop] for ids in series for start, stop in windows(len(ids), length, length) if stop - start > 1]
 
 
-def _step(
-    base: Base,
-    settings: TrainSettings,
-    train: Sequence[np.ndarray],
-    step: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, tuple[int, int]]:
-    """Take one optimizer step; return the loss before it and the shape of the batch."""
-    torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
-    for group in optimizer.param_groups:
-        group["lr"] = settings.rate(step)
-    base.model.train()
-    loss, shape = _loss(base, [train[i] for i in _picks(settings.seed, step, settings.batch_size, len(train))])
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item(), shape
-
-
-def _picks(seed: int, step: int, batch_size: int, n: int) -> list[int]:
-    """The windows of one step: consecutive places in an endless row of shuffled epochs."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_epoch(seed, place // n, n)[place % n]) for place in places]
+def _pick(seed: int, place: int, n: int) -> int:
+    """Which of `n` things stands at a place in an endless row of shuffled epochs."""
+    return int(_epoch(seed, place // n, n)[place % n])
 
 
 @lru_cache(maxsize=2)
@@ -223,13 +267,19 @@ def _validation_at_most(
 
 @torch.no_grad()
 def _validate(
-    base: Base, settings: TrainSettings, validation: list[np.ndarray], cost: Callable[[tuple[int, int]], Cost]
-) -> tuple[float, Cost]:
-    """Mean loss per token over the validation windows, and what it cost."""
+    base: Base,
+    settings: TrainSettings,
+    validation: list[np.ndarray],
+    cost: Callable[[tuple[int, int]], Cost],
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[float | None, Cost]:
+    """Mean loss per token over the validation windows (None when stopped before the end), and what it cost."""
     base.model.eval()
     total, count, spent = 0.0, 0, Cost()
     ordered = sorted(validation, key=len)
     for first in range(0, len(ordered), settings.batch_size):
+        if asked_to_stop():
+            return None, spent
         batch = ordered[first : first + settings.batch_size]
         loss, shape = _loss(base, batch)
         n = sum(len(w) - 1 for w in batch)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
 from m2helpers.models import embedded_tokenizer, load_base
 from m2helpers.runs import load_run
 from m2helpers.settings import STAGES, TrainSettings
+from m2helpers.signals import Stopped
 from m2helpers.text import Codec, fit_scale
 from m2helpers.training import train_lora
 
@@ -131,7 +134,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, monke
 
 
 def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path, stop_in_step_six):
-    """Stopped at step 5, after the validation of step 4 wrote a better adapter than the state of step 3 knows of."""
+    """Stopped at step 5, after a validation that the state of step 3 does not know of."""
     folder = tmp_path / "run"
     stop_in_step_six(folder)
     with pytest.raises(UserError, match="not finished; go on with 'train --resume"):
@@ -140,7 +143,7 @@ def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path,
 
 
 def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, monkeypatch):
-    """The adapter of step 2 is there, but no state: the folder is neither finished nor to be resumed."""
+    """Only its settings are there: the folder is neither finished nor to be resumed."""
     folder = tmp_path / "run"
 
     def stop(*_):
@@ -149,12 +152,39 @@ def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "save_state", stop)
         train(QUICK, folder)
-    assert (folder / "adapter_model.safetensors").exists()
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
     with pytest.raises(UserError, match="stopped before its first save; train it again"):
         load_run(folder)
     with pytest.raises(UserError, match="nothing to resume"):
         train(QUICK, folder, resume=True)
     assert _same(_weights(train(QUICK, folder).model), _weights(run[1].model))
+
+
+@pytest.mark.parametrize("during", ["a step", "a validation"])
+def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypatch, during):
+    """After step 4 of 7, or in the validation that follows it, which is then still due."""
+    folder, loss, steps = tmp_path / "run", training._loss, []
+
+    def ask(base, batch):
+        steps.append(base.model.training)
+        if steps.count(True) == 4 and steps[-1] == (during == "a step") and steps[-2:] != [False, False]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(base, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="run: stopped at step 4 of 7; --resume goes on"):
+        patch.setattr(training, "_loss", ask)
+        train(QUICK, folder)
+    assert steps[-1] == (during == "a step")  # the validation was not carried to its end
+    resumed = train(QUICK, folder, resume=True)
+    assert _same(_weights(resumed.model), _weights(run[1].model))
+    steady = [c for c in COLUMNS if c != "tokens_per_second"]
+    assert resumed.history[steady].equals(run[1].history[steady])
+
+
+def test_a_stop_without_a_folder_says_that_nothing_was_saved(train, monkeypatch):
+    monkeypatch.setattr(training._Training, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or Cost())
+    with pytest.raises(Stopped, match=r"unsaved: stopped at step 2 of 7$"):
+        train()
 
 
 # ---------------------------------------------------------------- the best weights
@@ -352,7 +382,7 @@ def test_folders_that_hold_something_else_are_refused(run, train, tiny_base, sma
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(UserError, match=f"{folder}: holds a finished run; choose another folder"):
         train(QUICK, folder)
-    with pytest.raises(UserError, match=r"nothing to resume \(no state\.safetensors\)"):
+    with pytest.raises(UserError, match=r"nothing to resume \(no saved state\)"):
         train(QUICK, folder, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         train(QUICK, tmp_path / "none", resume=True)
@@ -513,9 +543,25 @@ def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
     assert tiny_base().tokenizer.decode(whole) == codec.encode(series[0])
 
 
+@pytest.mark.parametrize("change", [dict(rescale=0.5), dict(random_start=1), dict(rescale=0.5, random_start=1)])
+def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, change):
+    """Each is a stretch of the text of some training series times one factor; the same place, the same window."""
+    codec, settings = Codec(fit_scale(small_data.part("train"))), replace(QUICK, **change)
+    work = training._Training(tiny_base(), small_data, settings, codec)
+    decode = work.base.tokenizer.decode
+    plain = [codec.encode(values) for values in small_data.part("train")]
+    texts = [decode(work.window(place)) for place in range(40)]
+    assert texts == [decode(work.window(place)) for place in range(40)]
+    assert all(len(text) <= QUICK.max_length for text in texts) and len(set(texts)) > 20
+    whole = [any(text in series for series in plain) for text in texts]
+    assert all(whole) if not settings.rescale else sum(whole) < 5
+    starts = [series.find(text) for text in texts for series in plain if text in series]
+    assert any(start % QUICK.max_length for start in starts) == bool(settings.random_start) or settings.rescale
+
+
 def test_every_epoch_sees_every_window_once():
     n, batch = 10, 4
-    places = [i for step in range(5) for i in training._picks(3, step, batch, n)]
+    places = [training._pick(3, place, n) for place in range(5 * batch)]
     assert sorted(places[:n]) == sorted(places[n:]) == list(range(n))
     assert places[:n] != places[n:]
 
