@@ -123,6 +123,7 @@ def pretrain(
         raise UserError(f"{output_dir}: {remedy}")
     if not resume and (output_dir / "config.json").exists():
         raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
+    torch.set_flush_denormal(True)  # momenta of bytes that never occur fade into numbers that CPUs are slow at
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": [], "before": []}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from .settings import STAGES, TrainSettings
 from .signals import Stopped, stop_on_signal
 from .state import load_state, save_state
 from .text import Codec, fit_scale, left_pad, tokenise, windows
+from .tracking import tracked
 
 
 class TrainResult(NamedTuple):
@@ -51,6 +53,7 @@ def train_lora(
     stage: str = "trial",
     resume: bool = False,
     progress: bool = True,
+    track: str | None = None,
 ) -> TrainResult:
     """Fine-tune a base on the training split of a dataset, and charge it to the base's ledger.
 
@@ -68,6 +71,8 @@ def train_lora(
         Go on from the last save in `output_dir`.
     progress : bool
         Show a bar with loss, tokens/s, FLOPs and the time left.
+    track : str, optional
+        Log losses to this tracker (`tracking.TRACKERS`) as well; needs `output_dir`.
 
     Returns
     -------
@@ -95,8 +100,10 @@ def train_lora(
 
     record, ledger, spender = work.record, base.ledger, Spender(name, stage, config["settings_sha256"])
     started, tokens = time.monotonic(), 0
-    shown = dict(desc=name, unit="step", disable=not progress)
-    with stop_on_signal() as asked_to_stop, tqdm(total=settings.max_steps, initial=record["step"], **shown) as bar:
+    if track and not folder:
+        raise UserError("track needs the output_dir of the run")
+    shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
+    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
         while not work.finished:
             first = record["step"]
             stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
@@ -106,6 +113,8 @@ def train_lora(
                 while (record["step"] < stop or record["due"]) and not asked_to_stop():
                     if record["due"]:
                         bill.add("validate", work.validate(asked_to_stop))
+                        if not record["due"]:
+                            log({"val_loss": record["history"][-1]["val_loss"]}, record["step"])
                         continue
                     spent = work.step()
                     bill.add("train", spent)
@@ -116,6 +125,10 @@ def train_lora(
                         f"loss {record['losses'][-1]:.3f}, {record['speed']:,.0f} tokens/s, {record['flops']:.2e} FLOPs"
                     )
                     bar.set_postfix_str(now, refresh=False)
+                    log(
+                        {"loss": record["losses"][-1], "learning_rate": settings.rate(record["step"] - 1)},
+                        record["step"],
+                    )
             if folder:
                 save_state(folder, work.parameters, work.optimizer, record, work.best)
             if asked_to_stop() and not work.finished:
