@@ -13,7 +13,7 @@ from typing import get_type_hints
 from . import commands
 from .data import DATA_FILE, SimulatorSettings
 from .files import UserError
-from .settings import TrainSettings
+from .settings import STAGES, TrainSettings
 from .tracking import TRACKERS
 
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0)
 
     added = command("train", commands.train, "fine-tune a base with LoRA")
-    added.add_argument("--stage", choices=("initial", "final"), default="initial", help="whose settings to start from")
+    added.add_argument("--stage", choices=tuple(STAGES), default="initial", help="whose settings to start from")
     added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     added.add_argument("--resume", action="store_true")
     added.add_argument("--track", choices=TRACKERS, help="log losses there too (default: nowhere)")
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--output-dir", type=Path, metavar="DIR", help="default: checkpoint/<base>")
         added.add_argument("--plan", metavar="NAME", help="embedded or qwen2.5-0.5b (default: the base's)")
         added.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+        added.add_argument("--seeds", type=int, default=1, help="of the long runs at the end (default: %(default)s)")
         data(added)
         model(added)
 

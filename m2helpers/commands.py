@@ -64,7 +64,8 @@ def experiments(options) -> None:
     name = options.plan or ("embedded" if options.model == "embedded" else "qwen2.5-0.5b")
     folder = options.output_dir or checkpoint_folder(options.model)
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
-    run_plan(find_plan(name), options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
+    plan = replace(find_plan(name), seeds=options.seeds)
+    run_plan(plan, options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
     table = sweep_table(folder)
     if len(table):
         print(table.to_string(index=False, float_format="{:.4g}".format))

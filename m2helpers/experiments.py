@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ from .data import Dataset
 from .evaluation import PROTOCOLS, evaluate, to_json
 from .files import UserError, read_json, write_json
 from .models import load_base
-from .planning import STAGE_ORDER, SWEEPS, Plan, PlannedRun
+from .planning import FINAL_STAGES, STAGE_ORDER, SWEEPS, Plan, PlannedRun
 from .runs import is_finished, load_run, settings_sha256
 from .settings import TrainSettings
 from .state import has_state
@@ -37,7 +36,8 @@ def run_plan(
     """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
 
     A finished run with the same settings, data and base is kept. The grid grows by one value past an edge that its best run
-    lies on, at most twice. The final run takes the learning rate that was best in the grid by validation loss. Runs of
+    lies on, at most twice. Long runs that adapt the grid's layers take the learning rate that was best there by validation
+    loss. Runs of
     the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
 
     Parameters
@@ -67,9 +67,9 @@ def run_plan(
     queue = list(plan.runs_of(stages))
     while queue:
         run = queue.pop(0)
-        if run.stage == "final" and (best := best_of_grid(plan, output_dir)):
-            plan = replace(plan, final=replace(plan.final, learning_rate=best.learning_rate))
-            run = PlannedRun("final", plan.final)
+        if run.stage in FINAL_STAGES and (best := best_of_grid(plan, output_dir)):
+            plan = plan.tuned(best)
+            run = next(tuned for tuned in plan.runs if tuned.name == run.name)
         done += 1
         say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps")
         _run(run, output_dir / run.name, model, base_sha256, dataset, resume, say)

@@ -18,7 +18,8 @@ from .settings import STAGES, TrainSettings
 from .text import Codec, fit_scale
 
 SWEEPS = ("grid", "context", "precision")
-STAGE_ORDER = ("untrained", "initial", *SWEEPS, "final")
+FINAL_STAGES = ("final", "extended")
+STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,25 @@ class PlannedRun:
     """One fine-tuning run of a plan."""
 
     stage: str
-    """`initial`, `grid`, `context`, `precision` or `final`."""
+    """One of `STAGE_ORDER`, but for ``untrained``."""
     settings: TrainSettings
 
     @property
     def name(self) -> str:
         """Of its folder. Two places of a plan that ask for the same sweep run share one."""
-        if self.stage in ("initial", "final"):
-            return self.stage
         s = self.settings
+        if self.stage not in SWEEPS:
+            return f"{self.stage}-seed{s.seed}" if s.seed else self.stage
         return f"sweep/lr{s.learning_rate:g}-r{s.lora_r}-n{s.max_length}-p{s.precision}-seed{s.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of experiments: an initial run, three sweeps that start from its settings, and a final run."""
+    """A plan of experiments: an initial run, three sweeps that start from its settings, and the long runs at the end."""
 
     initial: TrainSettings
     final: TrainSettings
-    """Its learning rate is replaced by the best of the grid, by validation loss."""
+    """Has the grid's best learning rate, by validation loss, where it adapts the layers that the grid adapts."""
     learning_rates: tuple[float, ...]
     """Of the grid, rising."""
     ranks: tuple[int, ...] = (2, 4, 8)
@@ -52,7 +53,11 @@ class Plan:
     contexts: tuple[int, ...] = (128, 512, 768)
     precisions: tuple[int, ...] = (2, 3)
     sweep_steps: int = 500
-    measured: tuple[str, ...] = ("untrained", "initial", "final")
+    extended: TrainSettings | None = None
+    """A last run that goes beyond the published setting of the final one, where there is to be one."""
+    seeds: int = 1
+    """Of the long runs at the end, counted from the one that stands in their settings."""
+    measured: tuple[str, ...] = ("untrained", "initial", *FINAL_STAGES)
     """Stages whose forecasts are made under every protocol."""
 
     @property
@@ -69,12 +74,25 @@ class Plan:
         runs += [PlannedRun("grid", settings) for settings in grid]
         runs += [PlannedRun("context", replace(short, max_length=n)) for n in self.contexts]
         runs += [PlannedRun("precision", replace(short, precision=p)) for p in self.precisions]
-        runs.append(PlannedRun("final", self.final))
+        for stage, settings in zip(FINAL_STAGES, (self.final, self.extended), strict=True):
+            if settings is not None:
+                more = range(settings.seed, settings.seed + self.seeds)
+                runs += [PlannedRun(stage, replace(settings, seed=seed)) for seed in more]
         once: dict[str, PlannedRun] = {}
         for run in runs:
             if run.stage in stages:
                 once.setdefault(run.name, run)
         return tuple(once.values())
+
+    def tuned(self, best: TrainSettings) -> Plan:
+        """The plan with the grid's best learning rate in the long runs that adapt the layers the grid adapts."""
+        alike = lambda run: run is not None and run.target_modules == best.target_modules  # noqa: E731
+        rate = dict(learning_rate=best.learning_rate)
+        return replace(
+            self,
+            final=replace(self.final, **rate) if alike(self.final) else self.final,
+            extended=replace(self.extended, **rate) if alike(self.extended) else self.extended,
+        )
 
     def widened(self, best: TrainSettings) -> Plan:
         """The plan with one more value where the best setting lies on the edge of the grid; itself where it does not."""
@@ -96,7 +114,13 @@ def _widen(values: tuple, best: float) -> tuple:
 
 _QWEN = TrainSettings(lora_r=4, learning_rate=1e-4, max_length=512, max_steps=1000)
 PLANS = {
-    "embedded": Plan(STAGES["initial"], STAGES["final"], learning_rates=(2.5e-3, 5e-3, 1e-2), sweep_steps=250),
+    "embedded": Plan(
+        STAGES["initial"],
+        STAGES["final"],
+        extended=STAGES["extended"],
+        learning_rates=(2.5e-3, 5e-3, 1e-2),
+        sweep_steps=250,
+    ),
     "qwen2.5-0.5b": Plan(  # as published
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)
     ),

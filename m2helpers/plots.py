@@ -17,8 +17,8 @@ from .evaluation import Result
 _PALETTE = sns.color_palette("colorblind").as_hex()
 PREY, PREDATOR = _PALETTE[0], _PALETTE[1]
 VARIABLES = {"prey": PREY, "predator": PREDATOR}
-STAGES = {"untrained": "#7f7f7f", "initial": _PALETTE[4], "final": _PALETTE[2]}
-STAGE_LINES = {"untrained": ":", "initial": "--", "final": "-"}
+STAGES = {"untrained": "#7f7f7f", "initial": _PALETTE[4], "final": _PALETTE[2], "extended": _PALETTE[9]}
+STAGE_LINES = {"untrained": ":", "initial": "--", "final": "-", "extended": "-."}
 BASELINES = {"last value": _PALETTE[8], "vector autoregression": _PALETTE[5], "ODE fit": "#222222"}
 WIDTH = 8.0  # inches: the width of a page of the site
 

@@ -14,13 +14,16 @@ import pandas as pd
 
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
+from .experiments import sweep_table
 from .files import UserError, checkpoint_folder, read_json, write_text
+from .flops import CAP
 from .models import EMBEDDED, default_model
+from .planning import FINAL_STAGES
 from .text import Codec, fit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_CACHE = ROOT / "data" / "baselines"
-STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final"}
+STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final", "extended": "extended"}
 
 # Qwen2.5-0.5B-Instruct on the course's own data file: P5 (MAE, MSE) by context, as published in a write-up of the course
 # this project follows. They were not measured here and stand beside our rows for comparison only.
@@ -199,6 +202,52 @@ def headline_table(base: str = "embedded") -> str:
     return "\n".join(lines)
 
 
+def seeds_table(base: str = "embedded") -> str:
+    """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
+    lines = [
+        f"| run | seeds | {' | '.join(f'S = {s}' for s in P5_CONTEXTS)} |",
+        f"|---|---|{'---|' * len(P5_CONTEXTS)}",
+    ]
+    for stage in FINAL_STAGES:
+        paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
+        paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
+        runs = [{r.context: r.mae for r in from_json(read_json(path)) if r.protocol == "P5"} for path in paths]
+        cells = []
+        for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
+            cells.append(f"{np.mean(errors):.4f} ({min(errors):.4f}–{max(errors):.4f})")
+        if cells:
+            lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sweeps_table(base: str = "embedded") -> str:
+    """Every run of the sweeps in Markdown, the least validation loss first."""
+    table = sweep_table(checkpoint_folder(base))
+    if table.empty:
+        return "No sweep has been recorded for this base."
+    errors = [column for column in table if column.startswith("MAE")]
+    names = ["learning_rate", "lora_r", "max_length", "precision", "max_steps", "val_loss", *errors]
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * len(names)}"]
+    for _, row in table.sort_values("val_loss").iterrows():
+        cells = [f"{row[name]:.4f}" if name == "val_loss" or name in errors else f"{row[name]:g}" for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spending_table(base: str = "embedded") -> str:
+    """What the committed ledger of a base holds in Markdown, by stage and kind."""
+    path = checkpoint_folder(base) / "ledger.csv"
+    if not path.is_file():
+        return "No ledger has been recorded for this base."
+    spent = pd.read_csv(path).pivot_table("flops", "stage", "kind", "sum", fill_value=0, sort=False)
+    kinds = list(spent)
+    lines = [f"| stage | {' | '.join(kinds)} | together | share of {CAP:.0e} |", f"|---|{'---|' * (len(kinds) + 2)}"]
+    for stage, row in [*spent.iterrows(), ("**all**", spent.sum())]:
+        cells = [f"{value:.3g}" for value in [*row, row.sum()]]
+        lines.append(f"| {stage} | {' | '.join(cells)} | {row.sum() / CAP:.4%} |")
+    return "\n".join(lines)
+
+
 def costs_table() -> str:
     """Time and memory of each notebook in Markdown, from the record that refreshing them writes."""
     path = ROOT / "docs" / "notebook_costs.json"
@@ -212,6 +261,9 @@ def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
         "results": headline_table(),
+        "seeds": seeds_table(),
+        "sweeps": sweeps_table(),
+        "spending": spending_table(),
         "costs": costs_table(),
         "data-statistics": statistics_table(load_dataset()),
     }

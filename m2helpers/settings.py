@@ -89,5 +89,14 @@ class TrainSettings(LoraSettings):
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=700),
+    "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=3000),
+    "extended": TrainSettings(
+        lora_r=16,
+        lora_alpha=32,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        learning_rate=2e-3,
+        max_length=768,
+        max_steps=2000,
+        rescale=0.7,
+    ),
 }

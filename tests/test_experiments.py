@@ -99,8 +99,15 @@ def test_another_plans_runs_are_not_overwritten(run, tmp_path):
     with pytest.raises(
         UserError, match="holds a finished run with other settings, data or base; choose another --output-dir"
     ):
-        run(replace(PLAN, initial=replace(INITIAL, seed=1)), stages=["initial"])
+        run(replace(PLAN, initial=replace(INITIAL, weight_decay=0.1)), stages=["initial"])
     assert (tmp_path / "out" / "initial" / "history.csv").read_bytes() == before
+
+
+def test_every_seed_of_a_long_run_is_measured(run, tmp_path):
+    run(replace(PLAN, seeds=2), stages=["final"])
+    for name, seed in (("final", 0), ("final-seed1", 1)):
+        (row,) = read_json(tmp_path / "out" / name / "metrics.json")
+        assert row["seed"] == seed and row["split"] == "test"
 
 
 def test_one_sweep_alone(run, tmp_path):

@@ -81,13 +81,23 @@ def test_a_plan_is_the_sum_of_its_parts(small_data):
 def test_the_presets():
     for plan in PLANS.values():
         names = [run.name for run in plan.runs]
-        assert names[0] == "initial" and names[-1] == "final"
-        assert len(set(names)) == len(names) == 15  # of 17, two are asked for twice
+        assert names[0] == "initial" and names[14:] == ["final", "extended"][: 1 + (plan.extended is not None)]
+        assert len(set(names)) == len(names) == 15 + (plan.extended is not None)  # two are asked for twice
         assert len(plan.runs_of(["context"])) == 3
         grid = {(run.settings.learning_rate, run.settings.lora_r) for run in plan.runs if run.stage == "grid"}
         assert len(grid) == 10 and sum(rank == 0 for _, rank in grid) == 1
     with pytest.raises(UserError, match=r"plan 'mine': choose from embedded, qwen2.5-0.5b"):
         find_plan("mine")
+
+
+def test_long_runs_have_seeds_and_the_best_rate_of_the_grid():
+    plan = replace(PLANS["embedded"], seeds=3).tuned(replace(SETTINGS, learning_rate=0.123))
+    runs = plan.runs_of(["final", "extended"])
+    assert [run.name for run in runs[:4]] == ["final", "final-seed1", "final-seed2", "extended"] and len(runs) == 6
+    assert [run.settings.seed for run in runs] == [0, 1, 2] * 2
+    assert {run.settings.learning_rate for run in runs[:3]} == {0.123}
+    assert plan.extended.target_modules != plan.final.target_modules  # the grid says nothing about these layers
+    assert {run.settings.learning_rate for run in runs[3:]} == {PLANS["embedded"].extended.learning_rate}
 
 
 def test_the_grid_grows_past_the_edge_that_is_best():
