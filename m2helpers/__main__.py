@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--samples", type=int, default=0, help="sampled forecasts a series (default: the likeliest)")
     added.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV to write")
     added.add_argument("--scale", choices=("own", "run"), default="own", help="by each series itself, or the run's")
+    added.add_argument("--constrained", action="store_true", help="write only what the grammar allows: all parse")
     added.add_argument("--seed", type=int, default=0)
     model(added, with_run=True)
 

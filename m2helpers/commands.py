@@ -112,15 +112,15 @@ def forecast(options) -> None:
     series = read_series(options.file)
     if options.scale == "run" and run_codec is None:
         raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
-    rows, invalid = [], 0
+    rows, invalid, how = [], 0, dict(constrained=options.constrained)
     for index, values in enumerate(series):
         codec = (
             run_codec if options.scale == "run" else Codec(fit_scale(values), run_codec.precision if run_codec else 2)
         )
         if options.samples:
-            drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed)
+            drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
         else:
-            drawn = forecast(base, codec, [values], options.steps)[0].values[np.newaxis]
+            drawn = forecast(base, codec, [values], options.steps, **how)[0].values[np.newaxis]
             invalid += len(drawn[0]) < options.steps
         for sample, path in enumerate(drawn):
             for step, point in enumerate(path):

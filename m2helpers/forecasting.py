@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from .costs import generation_cost
 from .files import UserError
+from .grammar import Grammar
 from .models import Base
 from .settings import LoraSettings
 from .text import Codec, left_pad, tokenise
@@ -51,6 +52,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     lora: LoraSettings | None = None,
+    constrained: bool = False,
 ) -> list[Generated]:
     """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once, and charge it.
 
@@ -70,6 +72,9 @@ def generate(
         Of those draws.
     lora : LoraSettings, optional
         Unmerged LoRA updates the model carries, for the account; None when there are none or they are merged.
+    constrained : bool
+        Choose only among characters that the grammar allows, so that every continuation parses. Without it, how often
+        a model keeps to the grammar is part of what is measured.
 
     Returns
     -------
@@ -84,6 +89,8 @@ def generate(
     separator = int(tokenise([codec.step_separator], base.tokenizer)[0][0])
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
     adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
+    grammar = Grammar(codec, n_variables) if constrained else None
+    rules, states = (_Rules.of(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
     draws = torch.Generator(base.model.device).manual_seed(seed)
     ledger, results = base.ledger, [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
@@ -92,12 +99,33 @@ def generate(
         prompt, most = max(len(ids[i]) for i in rows), n_steps * longest_step
         at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:
-            written = _continue(base, [ids[i] for i in rows], separator, n_steps, most, temperature, draws)
+            prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
+            written = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
             for i, tokens in zip(rows, written, strict=True):
                 cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)
                 bill.add("generate", cost)
                 results[i] = Generated(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), cost.flops)
     return results
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """A grammar in the tokens of a base: what may follow a state, where it leads, and what alone may."""
+
+    allowed: torch.Tensor
+    """bool (states, vocab)."""
+    next: np.ndarray
+    """(states, vocab)."""
+    forced: np.ndarray
+    """(states,): a token, or -1 where there is a choice."""
+
+    @classmethod
+    def of(cls, grammar: Grammar, base: Base) -> _Rules:
+        tokens = np.concatenate(tokenise(list(grammar.alphabet), base.tokenizer))  # (characters,)
+        following = np.full((len(grammar.next), base.model.config.vocab_size), -1)
+        following[:, tokens] = grammar.next
+        forced = np.where(grammar.forced >= 0, tokens[grammar.forced], -1)
+        return cls(torch.from_numpy(following >= 0).to(base.model.device), following, forced)
 
 
 def _continue(
@@ -108,39 +136,53 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
     draws: torch.Generator,
+    rules: _Rules | None = None,
+    states: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Token ids written after each prompt, up to and including its last separator."""
+    """Token ids written after each prompt, up to and including its last separator.
+
+    With rules, tokens that may not stand are never chosen, and where one alone may, it joins the token before it
+    in the same forward pass. Rows with fewer such tokens are padded on the left, masked like the padding of the prompts.
+    """
     device = base.model.device
-    input_ids, mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
-    padded = not bool(mask.all())
+    ids, mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
+    padded = rules is not None or not bool(mask.all())
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
     cache = DynamicCache(config=base.model.config)
     written: list[list[int]] = [[] for _ in prompts]
-    left = torch.full((len(prompts),), n_separators, device=device)  # separators still to write
-    alive = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    states, alive = list(states), list(range(len(prompts)))
+    while True:
         logits = base.model(
-            input_ids=input_ids,
+            input_ids=ids,
             attention_mask=mask if padded else None,
             position_ids=positions,
             past_key_values=cache,
             logits_to_keep=1,
         ).logits[:, -1]  # (alive, vocab)
-        token = _choose(logits, temperature, draws)  # (alive,)
-        for row, value in zip(alive, token.tolist(), strict=True):
-            written[row].append(value)
-        left = left - (token == separator).long()
-        keep = torch.nonzero(left > 0).flatten()
-        if not len(keep):
-            break
+        if rules:
+            logits = logits.masked_fill(~rules.allowed[[states[row] for row in alive]], -torch.inf)
+        new = [[token] for token in _choose(logits, temperature, draws).tolist()]
+        for row, tokens in zip(alive, new, strict=True):
+            written[row] += tokens
+            while rules:
+                states[row] = int(rules.next[states[row], written[row][-1]])
+                following = int(rules.forced[states[row]])
+                if following < 0 or written[row].count(separator) == n_separators:
+                    break
+                written[row].append(following)
+                tokens.append(following)
+        goes_on = [written[r].count(separator) < n_separators and len(written[r]) < max_new_tokens for r in alive]
+        keep = [i for i, more in enumerate(goes_on) if more]
+        if not keep:
+            return written
         if len(keep) < len(alive):
-            cache.batch_select_indices(keep)
-            alive = [alive[i] for i in keep.tolist()]
-            token, left, mask, positions = token[keep], left[keep], mask[keep], positions[keep]
-        input_ids = token[:, None]  # (alive, 1)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
-    return written
+            cache.batch_select_indices(torch.tensor(keep, device=device))
+            alive, new = [alive[i] for i in keep], [new[i] for i in keep]
+            mask, positions = mask[keep], positions[keep]
+        new_ids, new_mask = left_pad([np.array(tokens) for tokens in new], base.pad_id)  # (alive, most new tokens)
+        ids, new_mask = torch.from_numpy(new_ids).to(device), torch.from_numpy(new_mask).to(device)
+        positions = positions[:, -1:] + new_mask.cumsum(1)
+        mask = torch.cat([mask, new_mask], dim=1)
 
 
 def _choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> torch.Tensor:

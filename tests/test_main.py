@@ -63,6 +63,9 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     pd.DataFrame({"time": range(30), "a": np.sin(np.arange(30)) + 2}).to_csv(series, index=False)
     assert main(["forecast", str(series), "--model", str(tiny_folder), "--steps", "3", "--out", str(out)]) == 0
     assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "variable_0"]
+    again = ["--constrained", "--steps", "3", "--out", str(out)]
+    assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
+    assert pd.read_csv(out)["step"].tolist() == [1, 2, 3]
 
 
 def test_the_ledger_shows_what_commands_spent(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
