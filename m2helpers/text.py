@@ -155,6 +155,9 @@ def fit_scale(values: np.ndarray) -> float:
 def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     """Token ids of encoded texts, one token a character.
 
+    Vocabularies of natural language have tokens for ``,-`` and ``;-``. They are left unused: a minus is always a token of its own, so
+    that a separator before a negative number is the same separator as anywhere else.
+
     Parameters
     ----------
     texts : sequence of str
@@ -172,10 +175,15 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     """
     if not len(texts):
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ask = dict(add_special_tokens=False, return_attention_mask=False)
+    unsigned = [text.replace("-", "") for text in texts]
+    encoded = tokenizer(unsigned, **ask)["input_ids"]
     name = tokenizer.name_or_path or type(tokenizer).__name__
     pairs: set[tuple[str, int]] = set()
-    for text, ids in zip(texts, encoded, strict=True):
+    if any("-" in text for text in texts):
+        unsigned.append("-")
+        encoded.append(tokenizer("-", **ask)["input_ids"])
+    for text, ids in zip(unsigned, encoded, strict=True):
         if len(ids) != len(text):
             raise UserError(
                 f"tokenizer {name!r} writes {text[:12]!r}… as {len(ids)} tokens, "
@@ -188,7 +196,8 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
             f"tokenizer {name!r} does not give each character of numeric text a token of its own; "
             "use a base whose tokenizer splits digits, such as Qwen2.5"
         )
-    return [np.array(ids, dtype=np.int64) for ids in encoded]
+    ids = dict(pairs)
+    return [np.array([ids[character] for character in text], dtype=np.int64) for text in texts]
 
 
 def windows(n_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:

@@ -218,6 +218,13 @@ def test_a_tokenizer_that_merges_digits_is_refused():
         tokenise(["0.14;", "1.23;"], merging)
 
 
+def test_a_minus_is_a_token_of_its_own_where_the_vocabulary_merges_it_with_separators():
+    plain, merging = _byte_level([]), _byte_level([(",", "-"), (";", "-")])
+    text = "-1.25,-0.50;-2.00,3.00;"
+    assert len(merging(text)["input_ids"]) == len(text) - 2
+    assert tokenise([text], merging)[0].tolist() == tokenise([text], plain)[0].tolist() == plain(text)["input_ids"]
+
+
 def test_a_tokenizer_that_adds_and_merges_is_refused():
     """As many tokens as characters, but not one for each: a space put in front, and one pair merged."""
     tokenizer = Tokenizer(BPE({s: i for i, s in enumerate([*"0123456789.,;Ġ", "23"])}, [("2", "3")]))
