@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from .costs import generation_cost
@@ -73,8 +74,8 @@ def generate(
     lora : LoraSettings, optional
         Unmerged LoRA updates the model carries, for the account; None when there are none or they are merged.
     constrained : bool
-        Choose only among characters that the grammar allows, so that every continuation parses. Without it, how often
-        a model keeps to the grammar is part of what is measured.
+        Score only the characters of numeric text and choose only among those that the grammar allows, so that every
+        continuation parses. Without it, how often a model keeps to the grammar is part of what is measured.
 
     Returns
     -------
@@ -90,7 +91,8 @@ def generate(
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
     adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
     grammar = Grammar(codec, n_variables) if constrained else None
-    rules, states = (_Rules.of(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
+    adapted["vocabulary"] = len(grammar.alphabet) if grammar else None
+    rules, states = (_Rules(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
     draws = torch.Generator(base.model.device).manual_seed(seed)
     ledger, results = base.ledger, [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
@@ -108,24 +110,19 @@ def generate(
     return results
 
 
-@dataclass(frozen=True)
 class _Rules:
-    """A grammar in the tokens of a base: what may follow a state, where it leads, and what alone may."""
+    """A grammar and the head's part for its characters: only they are scored, and only those that may stand are chosen."""
 
-    allowed: torch.Tensor
-    """bool (states, vocab)."""
-    next: np.ndarray
-    """(states, vocab)."""
-    forced: np.ndarray
-    """(states,): a token, or -1 where there is a choice."""
+    def __init__(self, grammar: Grammar, base: Base) -> None:
+        tokens = np.concatenate(tokenise(list(grammar.alphabet), base.tokenizer))
+        head = base.model.get_output_embeddings()
+        self.tokens, self.next, self.forced = tokens.tolist(), grammar.next.tolist(), grammar.forced.tolist()
+        self.weight, self.bias = head.weight[tokens], head.bias[tokens]  # (characters, hidden), (characters,)
+        self.allowed = torch.from_numpy(grammar.next >= 0).to(base.model.device)  # (states, characters)
 
-    @classmethod
-    def of(cls, grammar: Grammar, base: Base) -> _Rules:
-        tokens = np.concatenate(tokenise(list(grammar.alphabet), base.tokenizer))  # (characters,)
-        following = np.full((len(grammar.next), base.model.config.vocab_size), -1)
-        following[:, tokens] = grammar.next
-        forced = np.where(grammar.forced >= 0, tokens[grammar.forced], -1)
-        return cls(torch.from_numpy(following >= 0).to(base.model.device), following, forced)
+    def score(self, hidden: torch.Tensor, states: list[int]) -> torch.Tensor:
+        """(batch, hidden) → logits (batch, characters), minus infinity where a character may not stand."""
+        return F.linear(hidden, self.weight, self.bias).masked_fill(~self.allowed[states], -torch.inf)
 
 
 def _continue(
@@ -152,25 +149,22 @@ def _continue(
     written: list[list[int]] = [[] for _ in prompts]
     states, alive = list(states), list(range(len(prompts)))
     while True:
-        logits = base.model(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (alive, vocab)
+        inputs = dict(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions)
         if rules:
-            logits = logits.masked_fill(~rules.allowed[[states[row] for row in alive]], -torch.inf)
-        new = [[token] for token in _choose(logits, temperature, draws).tolist()]
-        for row, tokens in zip(alive, new, strict=True):
+            hidden = base.model.base_model(**inputs, past_key_values=cache).last_hidden_state[:, -1]  # (alive, hidden)
+            logits = rules.score(hidden, [states[row] for row in alive])  # (alive, characters)
+        else:
+            logits = base.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (alive, vocab)
+        new: list[list[int]] = []
+        for row, choice in zip(alive, _choose(logits, temperature, draws).tolist(), strict=True):
+            tokens = [] if rules else [choice]
+            while rules and choice >= 0:
+                tokens.append(rules.tokens[choice])
+                states[row] = rules.next[states[row]][choice]
+                done = written[row].count(separator) + tokens.count(separator) == n_separators
+                choice = -1 if done else rules.forced[states[row]]
             written[row] += tokens
-            while rules:
-                states[row] = int(rules.next[states[row], written[row][-1]])
-                following = int(rules.forced[states[row]])
-                if following < 0 or written[row].count(separator) == n_separators:
-                    break
-                written[row].append(following)
-                tokens.append(following)
+            new.append(tokens)
         goes_on = [written[r].count(separator) < n_separators and len(written[r]) < max_new_tokens for r in alive]
         keep = [i for i, more in enumerate(goes_on) if more]
         if not keep:

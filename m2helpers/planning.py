@@ -160,6 +160,7 @@ def table_cost(config: object, sizes: Mapping[tuple[int, int], int]) -> Cost:
 def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     """What a run costs at most, every window as long as the longest: training, and its validations."""
     adapted = dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
+    adapted["vocabulary"] = len(Codec(1.0).alphabet) if settings.numeric_head else None
     step = forward_cost(config, settings.batch_size, settings.max_length, loss=True, **adapted)
     validations = settings.validations(0, settings.max_steps)
     batches = math.ceil(settings.eval_windows / settings.batch_size)

@@ -54,6 +54,8 @@ class TrainSettings(LoraSettings):
     """Each time a training series is read, its values are multiplied by e^U(−rescale, rescale)."""
     random_start: int = 0
     """1: training windows begin anywhere in their series; 0: at multiples of `max_length`."""
+    numeric_head: int = 0
+    """1: only the characters of numeric text are scored, in training and validation; 0: the whole vocabulary."""
 
     def __post_init__(self):
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
@@ -62,8 +64,9 @@ class TrainSettings(LoraSettings):
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
         if not 0 <= self.rescale <= 2:
             raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
-        if self.random_start not in (0, 1):
-            raise UserError(f"random_start {self.random_start}: give 0 or 1")
+        for name in ("random_start", "numeric_head"):
+            if getattr(self, name) not in (0, 1):
+                raise UserError(f"{name} {getattr(self, name)}: give 0 or 1")
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")

@@ -200,6 +200,11 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     return [np.array([ids[character] for character in text], dtype=np.int64) for text in texts]
 
 
+def numeric_tokens(codec: Codec, tokenizer) -> np.ndarray:
+    """Ids of every character that encoded text can hold, rising: int64 (characters,)."""
+    return np.sort(np.concatenate(tokenise(list(codec.alphabet), tokenizer)))
+
+
 def windows(n_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
     """Where windows of at most `length` tokens begin and end: one every `stride`, the last one as short as it must be.
 

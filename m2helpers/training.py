@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,12 +25,13 @@ from .data import Dataset
 from .files import UserError, write_json
 from .ledger import Spender
 from .lora import apply_lora, trainable_parameters
+from .losses import head_loss
 from .models import Base, mixed_precision
 from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
 from .signals import Stopped, stop_on_signal
 from .state import load_state, save_state
-from .text import Codec, fit_scale, left_pad, tokenise, windows
+from .text import Codec, fit_scale, left_pad, numeric_tokens, tokenise, windows
 from .tracking import tracked
 
 
@@ -160,7 +160,12 @@ class _Training:
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         # due: a validation is; losses: of the steps since the last validation
         self.record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": [], "due": False, "speed": 0.0}
-        self.cost = _forward_cost(base, settings)
+        self.characters = (
+            torch.from_numpy(numeric_tokens(codec, base.tokenizer)).to(base.model.device)
+            if settings.numeric_head
+            else None
+        )
+        self.cost = _forward_cost(base, settings, self.characters)
 
     @property
     def finished(self) -> bool:
@@ -185,7 +190,7 @@ class _Training:
         self.base.model.train()
         places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
         with mixed_precision(self.base.model):
-            loss, shape = _loss(self.base, [self.window(place) for place in places])
+            loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
         loss.backward()
         if not math.isfinite(loss.item()):
             raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
@@ -217,7 +222,7 @@ class _Training:
     def validate(self, asked_to_stop: Callable[[], bool]) -> Cost:
         """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""
         record = self.record
-        loss, spent = _validate(self.base, self.settings, self.validation, self.cost, asked_to_stop)
+        loss, spent = _validate(self.base, self.settings, self.validation, self.cost, asked_to_stop, self.characters)
         if loss is None:
             return spent
         record["flops"] += spent.flops
@@ -257,7 +262,9 @@ def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int]]:
+def _loss(
+    base: Base, batch: Sequence[np.ndarray], characters: torch.Tensor | None = None
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """Mean cross-entropy over the tokens of a batch, padding left out, and the batch's shape."""
     ids, mask = (torch.from_numpy(a).to(base.model.device) for a in left_pad(batch, base.pad_id))  # (batch, length)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
@@ -266,8 +273,8 @@ def _loss(base: Base, batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, tuple[
         input_ids=ids, attention_mask=attention, position_ids=positions
     ).last_hidden_state  # (batch, length, hidden)
     scored = (mask[:, :-1] == 1) & (mask[:, 1:] == 1)  # a prediction needs a real token before it and one to be
-    logits = base.model.get_output_embeddings()(hidden[:, :-1][scored])  # (scored tokens, vocab)
-    return F.cross_entropy(logits.float(), ids[:, 1:][scored]), tuple(ids.shape)
+    loss = head_loss(hidden[:, :-1][scored], base.model.get_output_embeddings(), ids[:, 1:][scored], characters)
+    return loss, tuple(ids.shape)
 
 
 def _validation_at_most(
@@ -285,6 +292,7 @@ def _validate(
     validation: list[np.ndarray],
     cost: Callable[[tuple[int, int]], Cost],
     asked_to_stop: Callable[[], bool] = lambda: False,
+    characters: torch.Tensor | None = None,
 ) -> tuple[float | None, Cost]:
     """Mean loss per token over the validation windows (None when stopped before the end), and what it cost."""
     base.model.eval()
@@ -294,14 +302,17 @@ def _validate(
         if asked_to_stop():
             return None, spent
         batch = ordered[first : first + settings.batch_size]
-        loss, shape = _loss(base, batch)
+        loss, shape = _loss(base, batch, characters)
         n = sum(len(w) - 1 for w in batch)
         total, count = total + loss.item() * n, count + n
         spent += cost(shape)
     return total / count, spent
 
 
-def _forward_cost(base: Base, settings: TrainSettings) -> Callable[[tuple[int, int]], Cost]:
+def _forward_cost(
+    base: Base, settings: TrainSettings, characters: torch.Tensor | None = None
+) -> Callable[[tuple[int, int]], Cost]:
     """What a forward pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
     adapted = {"lora_r": settings.lora_r, "target_modules": settings.target_modules}
+    adapted["vocabulary"] = None if characters is None else len(characters)
     return lru_cache(None)(lambda shape: forward_cost(base.model.config, *shape, loss=True, **adapted))

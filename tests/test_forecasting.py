@@ -70,7 +70,9 @@ def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
 
 def test_a_batch_of_a_model_with_absolute_positions_is_as_alone(base, monkeypatch):
     """GPT-2 learns a vector for each position, so padding must not move a token to another one."""
-    monkeypatch.setattr("m2helpers.forecasting.generation_cost", lambda *_: Cost())  # slow to count, and not asked here
+    monkeypatch.setattr(
+        "m2helpers.forecasting.generation_cost", lambda *_, **options: Cost()
+    )  # slow to count, and not asked here
     _bias(base, 26, 0)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=128, initializer_range=0.3)
