@@ -122,7 +122,8 @@ class _Rules:
 
     def score(self, hidden: torch.Tensor, states: list[int]) -> torch.Tensor:
         """(batch, hidden) → logits (batch, characters), minus infinity where a character may not stand."""
-        return F.linear(hidden, self.weight, self.bias).masked_fill(~self.allowed[states], -torch.inf)
+        logits = F.linear(hidden, self.weight).float() + self.bias
+        return logits.masked_fill(~self.allowed[states], -torch.inf)
 
 
 def _continue(

@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_states, grad_bias = torch.empty_like(states), torch.zeros_like(bias, dtype=torch.float32)
         for first in range(0, len(labels), CHUNK):
             rows = slice(first, first + CHUNK)
-            logits = F.linear(states[rows], weight, bias).float()  # (chunk, vocab)
+            logits = F.linear(states[rows], weight).float() + bias  # (chunk, vocab)
             total += F.cross_entropy(logits, labels[rows], reduction="sum")
             if learn:
                 slope = logits.softmax(-1)  # of the sum of losses, by each logit

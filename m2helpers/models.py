@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -22,6 +23,7 @@ from .files import UserError, checkpoint_folder, sha256_file
 from .ledger import Ledger, Spender, default_ledger
 
 EMBEDDED = "embedded"
+LARGE = 2**28  # bytes of weights; from there on, precision is a matter of time and memory
 transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -69,8 +71,8 @@ def default_model() -> str:
     return os.environ.get("M2_MODEL") or EMBEDDED
 
 
-def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
-    """Load a base model and its tokenizer, in float32 on the CPU or bfloat16 on a GPU, in evaluation mode.
+def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | None = None) -> Base:
+    """Load a base model and its tokenizer, in evaluation mode, on the first of CUDA, MPS and CPU that there is.
 
     Parameters
     ----------
@@ -79,11 +81,15 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
         By default `default_model()`.
     head_bias : bool
         Add the trainable LM-head bias, zero at first (see `add_head_bias`).
+    dtype : {"float32", "bfloat16"}, optional
+        Of the weights. By default bfloat16 for a large model where the device is faster at it, else float32: a small
+        model then gives the same forecasts on every machine.
 
     Raises
     ------
     UserError
-        If the model cannot be found or fetched, is not a causal language model, or has no safetensors weights.
+        If the model cannot be found or fetched, is not a causal language model, has no safetensors weights, or needs
+        more memory than is free.
     """
     name = name or default_model()
     folder = _find_folder(name)
@@ -91,16 +97,21 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     if not (folder / "config.json").is_file() or not weights:
         missing = "config.json" if weights else "model*.safetensors weights"
         raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    stored = sum(path.stat().st_size for path in weights)
+    dtype = dtype or ("bfloat16" if stored > LARGE and has_bfloat16(device) else "float32")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r}: choose float32 or bfloat16")
     try:
-        architectures = AutoConfig.from_pretrained(folder).architectures or [""]
+        config = AutoConfig.from_pretrained(folder)
+        architectures = config.architectures or [""]
         if architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise UserError(
                 f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
             )
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        _check_memory(name, stored * getattr(torch, dtype).itemsize // (config.dtype or torch.float32).itemsize)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
         if report["missing_keys"]:  # transformers would draw them at random and go on
             raise ValueError(f"the weights lack {min(report['missing_keys'])}")
@@ -117,6 +128,15 @@ def load_base(name: str | None = None, *, head_bias: bool = True) -> Base:
     return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
 
 
+def _check_memory(name: str, needed: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{name}: its weights need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
+            "close other programs, or choose a smaller base"
+        )
+
+
 def load_config(name: str):
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
     folder = _find_folder(name)
@@ -128,6 +148,14 @@ def load_config(name: str):
         ) from error
 
 
+class BiasedHead(nn.Linear):
+    """A head whose bias may be of another precision than its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, hidden) → (…, vocab)."""
+        return nn.functional.linear(x, self.weight, self.bias.to(x.dtype))
+
+
 def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:
     """Give the LM head a bias, zero at first, so that the output is unchanged; return the same model.
 
@@ -136,9 +164,10 @@ def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:
     """
     head = model.get_output_embeddings()
     if head.bias is None:
-        biased = nn.Linear(head.in_features, head.out_features, bias=True, device="meta")
+        biased = BiasedHead(head.in_features, head.out_features, bias=True, device="meta")
         biased.weight = head.weight
-        biased.bias = nn.Parameter(torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device))
+        # It stays in float32 even over a bfloat16 weight, as LoRA does: AdamW's small steps would be rounded away.
+        biased.bias = nn.Parameter(torch.zeros(head.out_features, dtype=torch.float32, device=head.weight.device))
         model.set_output_embeddings(biased)
     return model
 

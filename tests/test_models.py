@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,25 @@ def test_a_folder_in_hub_format_loads(tiny_folder):
     assert base.name == str(tiny_folder) and base.short_name == "tiny" and base.pad_id == 256
     assert base.sha256 == sha256_file(tiny_folder / "model.safetensors")
     assert load_config(str(tiny_folder)).hidden_size == 32
+
+
+def test_a_large_model_is_loaded_in_bfloat16_where_that_is_faster(tiny_base, monkeypatch):
+    monkeypatch.setattr("m2helpers.models.LARGE", 1000)
+    monkeypatch.setattr("m2helpers.models.has_bfloat16", lambda device: True)
+    model = tiny_base().model
+    assert model.dtype == torch.bfloat16 and model.lm_head.bias.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tiny_base(dtype="float32").model.dtype == torch.float32
+    monkeypatch.setattr("m2helpers.models.has_bfloat16", lambda device: False)
+    assert tiny_base().model.dtype == torch.float32
+    with pytest.raises(UserError, match="dtype 'float16': choose float32 or bfloat16"):
+        tiny_base(dtype="float16")
+
+
+def test_too_little_memory_is_said_before_loading(tiny_base, monkeypatch):
+    monkeypatch.setattr("m2helpers.models.psutil.virtual_memory", lambda: SimpleNamespace(available=10))
+    with pytest.raises(UserError, match=r"weights need .* GB of memory and 0.0 GB are free; close other programs"):
+        tiny_base()
 
 
 def test_a_sharded_folder_loads(tiny_base, tmp_path):

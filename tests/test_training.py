@@ -239,6 +239,21 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
     assert _same(_weights(load_run(tmp_path, merged=False).base.model), seen[0])
 
 
+def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
+    """The updates and the bias stay in float32, move, and bring about what they do on a float32 base."""
+    results = {
+        dtype: train_lora(load_base(str(tiny_folder), dtype=dtype), small_data, QUICK, progress=False)
+        for dtype in ("float32", "bfloat16")
+    }
+    trained = trainable_parameters(results["bfloat16"].model)
+    assert {p.dtype for p in trained.values()} == {torch.float32} and all(p.any() for p in trained.values())
+    ours, theirs = (r.history["val_loss"].to_numpy() for r in results.values())
+    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    base = load_base(str(tiny_folder), dtype="bfloat16")
+    found = forecast(base, Codec(1.0), list(small_data.part("test")), 2, constrained=True)
+    assert all(f.valid for f in found)
+
+
 def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_loss", lambda base, *_: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
     with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
