@@ -88,6 +88,8 @@ def train_lora(
         On Ctrl-C or SIGTERM, once the step in hand is done and everything is saved.
     """
     folder = Path(output_dir) if output_dir is not None else None
+    if track and not folder:
+        raise UserError("track needs the output_dir of the run")
     name = folder.resolve().name if folder else "unsaved"
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
     config = describe(base, dataset, settings, codec, stage)
@@ -100,8 +102,6 @@ def train_lora(
 
     record, ledger, spender = work.record, base.ledger, Spender(name, stage, config["settings_sha256"])
     started, tokens = time.monotonic(), 0
-    if track and not folder:
-        raise UserError("track needs the output_dir of the run")
     shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
     with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
         while not work.finished:
@@ -184,7 +184,7 @@ class _Training:
     def step(self) -> Cost:
         """Take one optimizer step."""
         step, settings = self.record["step"], self.settings
-        torch.manual_seed(hash((settings.seed, step)) % 2**31)  # dropout, the same again after a resume
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0]))  # dropout's
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step)
         self.base.model.train()
