@@ -1,0 +1,46 @@
+"""Qwen2.5-0.5B at its true size, with random weights: a folder in hub format is loaded, trained on and forecast with."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from m2helpers.architecture import QWEN_05B
+from m2helpers.forecasting import forecast
+from m2helpers.lora import parameter_report
+from m2helpers.models import embedded_tokenizer, load_base
+from m2helpers.runs import load_run
+from m2helpers.settings import TrainSettings
+from m2helpers.training import train_lora
+
+
+@pytest.fixture
+def qwen_folder(tmp_path):
+    """Its architecture in bfloat16, about 1 GB. The tokenizer is ours, which gives numeric text the same ids."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0) if "norm" in name else p.normal_(0, 0.02)
+    folder = tmp_path / "qwen"
+    model.save_pretrained(folder)
+    embedded_tokenizer().save_pretrained(folder)
+    yield folder
+    (folder / "model.safetensors").unlink()  # pytest keeps the folders of three runs
+
+
+def test_a_step_a_validation_and_a_constrained_forecast(qwen_folder, small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
+    base = load_base(str(qwen_folder))
+    counts = parameter_report(base.model)
+    assert (counts["base"], counts["head_bias"]) == (494_032_768, 151_936)
+    settings = TrainSettings(lora_r=8, batch_size=1, max_steps=1, max_length=64, eval_windows=1, learning_rate=1e-4)
+    result = train_lora(base, small_data, settings, tmp_path / "run", progress=False)
+    assert parameter_report(result.model)["lora"] == 540_672
+    assert 5 < result.history["val_loss"].iloc[0] < 20  # 11.9 = ln(151,936) knows nothing
+    base = result = None
+    run = load_run(tmp_path / "run")
+    (found,) = forecast(run.base, run.codec, [small_data.part("test")[0][:5]], 2, constrained=True)
+    assert found.valid and found.values.shape == (2, 2)
