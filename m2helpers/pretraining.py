@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
+from .cards import model_card
 from .costs import forward_cost
 from .families import FAMILIES
 from .files import UserError, read_json, write_json, write_text
@@ -123,7 +126,6 @@ def pretrain(
         raise UserError(f"{output_dir}: {remedy}")
     if not resume and (output_dir / "config.json").exists():
         raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
-    torch.set_flush_denormal(True)  # momenta of bytes that never occur fade into numbers that CPUs are slow at
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": [], "before": []}
@@ -147,8 +149,8 @@ def pretrain(
 
     started, before = time.monotonic(), record["seconds"]
     losses = record.setdefault("losses", [])  # since the last row of the history
-    shown = dict(desc="pre-training", unit="step", mininterval=1)
-    with stop_on_signal() as asked_to_stop, tqdm(total=settings.max_steps, initial=record["step"], **shown) as bar:
+    shown = dict(desc="pre-training", unit="step", mininterval=1, total=settings.max_steps, initial=record["step"])
+    with stop_on_signal() as asked_to_stop, _no_denormals(), tqdm(**shown) as bar:
         while record["step"] < settings.max_steps:
             step = record["step"]
             for group in optimizer.param_groups:
@@ -199,6 +201,16 @@ def pretrain(
     write_text(output_dir / "README.md", model_card(record))
     delete_state(output_dir)
     return record
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Round to zero the tiny numbers that momenta of bytes that never occur fade into: CPUs are slow at them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)  # the processor's state is that of the whole process
 
 
 def mixture_loss(base: Base, n_per_family: int = 2, length: int = 512) -> dict[str, float]:
@@ -296,54 +308,3 @@ def _account(settings: PretrainSettings, model) -> dict:
         "machine": machine,
         "torch": torch.__version__,
     }
-
-
-def model_card(record: dict) -> str:
-    """The card that goes with the weights, every figure from the run's record."""
-    settings, config = record["settings"], record["architecture"]
-    sittings = [*record["before"], record | {"seed": settings["seed"], "val_loss": record["history"][-1]["val_loss"]}]
-    families = "\n".join(
-        f"| {name.replace('_', ' ')} | {loss:.3f} |" for name, loss in sorted(record["loss_by_family"].items())
-    )
-    rows = "\n".join(
-        f"| {number} | {s['seed']} | {s['tokens']:,} | {s['seconds'] / 60:.0f} | {s['machine']} | {s['val_loss']:.4f} |"
-        for number, s in enumerate(sittings, 1)
-    )
-    start = " --model BASE" if record["before"] else ""
-    return f"""---
-license: mit
-library_name: transformers
----
-# Embedded base: a small general model of numeric series
-
-This is **not** Qwen2.5. It is a model of the same architecture (`Qwen2ForCausalLM`, {record["parameters"]:,} parameters:
-hidden {config["hidden_size"]}, {config["num_hidden_layers"]} layers, {config["num_attention_heads"]} query and {config["num_key_value_heads"]} key-value heads,
-intermediate {config["intermediate_size"]}, tied embeddings), trained from random weights by this project on synthetic series written
-as LLMTime text. It has never seen a predator–prey system, and no words at all: it reads and writes numbers.
-
-| | |
-|---|---|
-| tokens | {record["total"]["tokens"]:,} in {len(sittings)} sitting{"s" * (len(sittings) > 1)} |
-| FLOPs (exact account, reported beside the 1e17 and not charged to it) | {record["total"]["flops"]:.3g} |
-| time | {record["total"]["seconds"] / 60:.0f} minutes |
-| last sitting | Muon {settings["learning_rate"]:g}, AdamW {settings["adamw_learning_rate"]:g} on embedding, norms and biases; batch {settings["batch_size"]} × {settings["max_length"]} tokens, {record["step"]:,} steps, torch {record["torch"]} |
-| validation loss | {record["history"][-1]["val_loss"]:.4f} nats a token |
-
-| sitting | seed | tokens | minutes | machine | validation loss |
-|---|---|---|---|---|---|
-{rows}
-
-The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tokens {settings["tokens"]} --seed {settings["seed"]}`{", where BASE is the model as the sitting before left it" if start else ""}.
-
-## Mixture
-
-An equal mixture of {len(record["loss_by_family"])} families; validation loss of each, in nats a token:
-
-| family | loss |
-|---|---|
-{families}
-
-## Limits
-
-At most {settings["max_length"]:,} tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 30.
-"""

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from m2helpers import pretraining
+from m2helpers.cards import model_card
 from m2helpers.families import FAMILIES
 from m2helpers.files import UserError, read_json, sha256_file
 from m2helpers.flops import forward_account
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
-from m2helpers.pretraining import PretrainSettings, mixture_loss, model_card, pretrain
+from m2helpers.pretraining import PretrainSettings, mixture_loss, pretrain
 from m2helpers.signals import Stopped
 from m2helpers.text import left_pad, tokenise
 
@@ -141,6 +142,11 @@ def test_the_model_card_agrees_with_the_record(whole):
     assert f"| validation loss | {record['history'][-1]['val_loss']:.4f} nats a token |" in card
     for name, loss in record["loss_by_family"].items():
         assert f"| {name} | {loss:.3f} |" in card
+
+
+def test_pre_training_leaves_the_processor_as_it_was(whole):
+    """Numbers below the smallest normal one exist again afterwards."""
+    assert np.float32(1e-39) * np.float32(1) > 0 and (torch.tensor([1e-39]) * 1).item() > 0
 
 
 def test_the_loss_falls(tmp_path):
