@@ -15,7 +15,7 @@ from .files import UserError
 from .grammar import Grammar
 from .models import Base
 from .settings import LoraSettings
-from .text import Codec, left_pad, tokenise
+from .text import Codec, left_pad, numeric_tokens, tokenise
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Rules:
     """A grammar and the head's part for its characters: only they are scored, and only those that may stand are chosen."""
 
     def __init__(self, grammar: Grammar, base: Base) -> None:
-        tokens = np.concatenate(tokenise(list(grammar.alphabet), base.tokenizer))
+        tokens = numeric_tokens(grammar.codec, base.tokenizer)
         head = base.model.get_output_embeddings()
         self.tokens, self.next, self.forced = tokens.tolist(), grammar.next.tolist(), grammar.forced.tolist()
         self.weight, self.bias = head.weight[tokens], head.bias[tokens]  # (characters, hidden), (characters,)
@@ -148,6 +148,7 @@ def _continue(
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
     cache = DynamicCache(config=base.model.config)
     written: list[list[int]] = [[] for _ in prompts]
+    left = [n_separators] * len(prompts)  # still to write
     states, alive = list(states), list(range(len(prompts)))
     while True:
         inputs = dict(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions)
@@ -158,16 +159,16 @@ def _continue(
             logits = base.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (alive, vocab)
         new: list[list[int]] = []
         for row, choice in zip(alive, _choose(logits, temperature, draws).tolist(), strict=True):
-            tokens = [] if rules else [choice]
-            while rules and choice >= 0:
-                tokens.append(rules.tokens[choice])
-                states[row] = rules.next[states[row]][choice]
-                done = written[row].count(separator) + tokens.count(separator) == n_separators
-                choice = -1 if done else rules.forced[states[row]]
+            tokens = []
+            while choice >= 0:
+                tokens.append(rules.tokens[choice] if rules else choice)
+                left[row] -= tokens[-1] == separator
+                if rules:
+                    states[row] = rules.next[states[row]][choice]
+                choice = rules.forced[states[row]] if rules and left[row] else -1
             written[row] += tokens
             new.append(tokens)
-        goes_on = [written[r].count(separator) < n_separators and len(written[r]) < max_new_tokens for r in alive]
-        keep = [i for i, more in enumerate(goes_on) if more]
+        keep = [i for i, row in enumerate(alive) if left[row] and len(written[row]) < max_new_tokens]
         if not keep:
             return written
         if len(keep) < len(alive):

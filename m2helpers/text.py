@@ -201,8 +201,8 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
 
 
 def numeric_tokens(codec: Codec, tokenizer) -> np.ndarray:
-    """Ids of every character that encoded text can hold, rising: int64 (characters,)."""
-    return np.sort(np.concatenate(tokenise(list(codec.alphabet), tokenizer)))
+    """Ids of every character that encoded text can hold, in the order of `Codec.alphabet`: int64 (characters,)."""
+    return np.concatenate(tokenise(list(codec.alphabet), tokenizer))
 
 
 def windows(n_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:

@@ -149,6 +149,8 @@ class _Training:
         self.base, self.settings = base, settings
         self.codec, self.series = codec, dataset.part("train")
         self.train = _windows(self.series, codec, base, settings.max_length)
+        augmented = settings.rescale or settings.random_start
+        self.longest = settings.max_length if augmented else max(map(len, self.train))  # no batch costs more
         validation = _windows(dataset.part("validation"), codec, base, settings.max_length)
         chosen = np.random.default_rng(0).permutation(len(validation))[: settings.eval_windows]
         self.validation = [validation[i] for i in chosen]
@@ -161,7 +163,7 @@ class _Training:
         # due: a validation is; losses: of the steps since the last validation
         self.record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": [], "due": False, "speed": 0.0}
         self.characters = (
-            torch.from_numpy(numeric_tokens(codec, base.tokenizer)).to(base.model.device)
+            torch.from_numpy(np.sort(numeric_tokens(codec, base.tokenizer))).to(base.model.device)
             if settings.numeric_head
             else None
         )
@@ -174,9 +176,7 @@ class _Training:
     def most(self, stop: int) -> dict[str, Cost]:
         """What the steps up to `stop` and their validations can cost, by kind."""
         first, settings = self.record["step"], self.settings
-        augmented = settings.rescale or settings.random_start
-        longest = settings.max_length if augmented else max(map(len, self.train))  # no batch costs more
-        step = self.cost((settings.batch_size, longest)).trained()
+        step = self.cost((settings.batch_size, self.longest)).trained()
         validations = settings.validations(first, stop) + self.record["due"]
         validation = _validation_at_most(self.validation, settings, self.cost)
         return {"train": step * (stop - first), "validate": validation * validations}
