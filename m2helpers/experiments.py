@@ -37,8 +37,7 @@ def run_plan(
 
     A finished run with the same settings, data and base is kept. The grid grows by one value past an edge that its best run
     lies on, at most twice. Long runs that adapt the grid's layers take the learning rate that was best there by validation
-    loss. Runs of
-    the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
+    loss. Runs of the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
 
     Parameters
     ----------
