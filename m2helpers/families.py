@@ -12,7 +12,7 @@ import numpy as np
 Family = Callable[[np.random.Generator, int, int], np.ndarray]
 
 FAMILIES: dict[str, Family] = {}
-SHORTEST_PERIOD, LONGEST_PERIOD = 5.0, 70.0  # samples per cycle, the range that sampling rates are drawn from
+SHORTEST_PERIOD, LONGEST_PERIOD = 6.0, 50.0  # samples per cycle, the range that sampling rates are drawn from
 
 
 def _family(function: Family) -> Family:
@@ -34,7 +34,7 @@ def _integrate(field, state: np.ndarray, period, rng: np.random.Generator, steps
         Takes and returns (dimensions, n).
     state : (dimensions, n)
     period : float or array (n,)
-        The systems' typical period in their own time, so that cycles take between 5 and 70 samples.
+        The systems' typical period in their own time, so that cycles take between 6 and 50 samples.
 
     Returns
     -------
@@ -52,6 +52,12 @@ def _integrate(field, state: np.ndarray, period, rng: np.random.Generator, steps
                 k4 = field(state + h * k3)
                 state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return path.transpose(2, 0, 1)
+
+
+def _pool(systems: list[Family], rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
+    """Two variables of each of several systems, in equal shares: (n, steps, 2)."""
+    share = -(-n // len(systems))
+    return rng.permutation(np.concatenate([system(rng, share, steps)[:, :, :2] for system in systems]))[:n]
 
 
 def _phase(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
@@ -218,24 +224,21 @@ def epidemic(rng, n, steps):
     return _integrate(field, start, 9 / np.sqrt(waning * (contact - 1)), rng, steps, 10)
 
 
-@_family
-def lorenz(rng, n, steps):
+def _lorenz(rng, n, steps):
     """Lorenz's convection (1963), sampled finely, chaotic or settling."""
     rho = rng.uniform(12, 40, n)
     field = lambda s: np.stack([10 * (s[1] - s[0]), s[0] * (rho - s[2]) - s[1], s[0] * s[1] - 8 / 3 * s[2]])  # noqa: E731
     return _integrate(field, rng.normal(0, 6, (3, n)) + np.array([[0], [0], [20]]), 0.75, rng, steps, 10)
 
 
-@_family
-def rossler(rng, n, steps):
+def _rossler(rng, n, steps):
     """Rössler's band (1976)."""
     c = rng.uniform(2.5, 7, n)
     field = lambda s: np.stack([-s[1] - s[2], s[0] + 0.2 * s[1], 0.2 + s[2] * (s[0] - c)])  # noqa: E731
     return _integrate(field, rng.uniform(-4, 4, (3, n)) * np.array([[1], [1], [0.1]]), 6.0, rng, steps, 10)
 
 
-@_family
-def delayed_feedback(rng, n, steps):
+def _delayed_feedback(rng, n, steps):
     """Mackey–Glass blood cells (1977): one variable that answers to its own past, seen now and some samples ago."""
     delay, substeps = 17, 5
     power, gain = rng.uniform(5, 11, n), rng.uniform(0.15, 0.3, n)
@@ -251,14 +254,19 @@ def delayed_feedback(rng, n, steps):
     return np.stack([now, before], axis=-1).transpose(1, 0, 2)
 
 
-@_family
-def smooth_random(rng, n, steps):
+def _smooth_random(rng, n, steps):
     """Draws from a Gaussian process with a random band of frequencies (random Fourier features), three of them mixed."""
     cycles = steps / log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, (n, 1, 1))
     frequency = np.abs(rng.normal(1, rng.uniform(0.1, 0.8, (n, 1, 1)), (n, 12, 1))) * cycles
     t = np.linspace(0, 2 * np.pi, steps)
     features = np.sin(frequency * t + rng.uniform(0, 2 * np.pi, (n, 12, 1)))  # (n, 12, steps)
     return np.einsum("nfs,nfd->nsd", features, rng.normal(0, 1, (n, 12, 3)))
+
+
+@_family
+def chaotic_flows(rng, n, steps):
+    """Lorenz's convection, Rössler's band, and feedback that comes late."""
+    return _pool([_lorenz, _rossler, _delayed_feedback], rng, n, steps)
 
 
 @_family
@@ -271,8 +279,7 @@ def growth_and_decay(rng, n, steps):
     return np.stack([logistic, np.exp(-rate * t / 3), t**power], axis=-1)
 
 
-@_family
-def noise_with_memory(rng, n, steps):
+def _noise_with_memory(rng, n, steps):
     """Autoregressive noise of order two, and its running sum that forgets (Ornstein–Uhlenbeck)."""
     radius, angle = rng.uniform(0.6, 0.985, n), 2 * np.pi / log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, n)
     a, b, memory = 2 * radius * np.cos(angle), -(radius**2), rng.uniform(0.7, 0.98, n)
@@ -282,6 +289,12 @@ def noise_with_memory(rng, n, steps):
         path[i + 2, 0] = a * path[i + 1, 0] + b * path[i, 0] + shocks[i]
         path[i + 2, 1] = memory * path[i + 1, 1] + path[i + 2, 0]
     return path[2:].transpose(2, 0, 1)
+
+
+@_family
+def random_processes(rng, n, steps):
+    """Gaussian processes and autoregressive noise: what no equation foretells."""
+    return _pool([_smooth_random, _noise_with_memory], rng, n, steps)
 
 
 @_family
@@ -306,7 +319,7 @@ def steps_and_spikes(rng, n, steps):
 @_family
 def products(rng, n, steps):
     """The product of two other families' variables, term by term."""
-    first, second = damped_oscillations(rng, n, steps), smooth_random(rng, n, steps)[:, :, :2]
+    first, second = damped_oscillations(rng, n, steps), _smooth_random(rng, n, steps)[:, :, :2]
     scale = np.abs(second).max(axis=(1, 2), keepdims=True)
     return first * (1.2 + second / scale)
 
@@ -314,7 +327,5 @@ def products(rng, n, steps):
 @_family
 def exponential_systems(rng, n, steps):
     """Exponentials of mechanical systems: what a measure shows on the other side of a logarithm."""
-    share = -(-n // 4)
-    systems = [system(rng, share, steps)[:, :, :2] for system in (pendulum, duffing, van_der_pol, linear_systems)]
-    x = rng.permutation(np.concatenate(systems))[:n]
+    x = _pool([pendulum, duffing, van_der_pol, linear_systems], rng, n, steps)
     return np.exp(log_uniform(rng, 0.3, 2.0, (n, 1, 1)) * x / np.abs(x).max(axis=(1, 2), keepdims=True))
