@@ -119,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=0)
     model(added, with_run=True)
 
+    added = command("export", commands.export, "write a run as a plain model that transformers loads by itself")
+    added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run's folder")
+    added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+
     added = command("flops", commands.flops, "the account of one step, by component")
     added.add_argument("--batch-size", type=int, default=4)
     added.add_argument("--length", type=int, default=512)
@@ -135,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--json", type=Path, metavar="FILE")
     added.add_argument("--csv", type=Path, metavar="FILE", help="every entry, as a table")
     model(added)
+
+    added = command("bench", commands.bench, "the benchmarks the site quotes, side by side with the alternative")
+    added.add_argument("name", choices=("train", "decode", "context", "train-embedded", "decode-embedded"))
+    added.add_argument(
+        "--json", type=Path, metavar="FILE", help="record to put it into (default: docs/benchmarks.json)"
+    )
+    data(added)
 
     command("readme", commands.readme, "fill the marked blocks of README and pages from the records")
     return parser

@@ -134,6 +134,13 @@ def forecast(options) -> None:
     )
 
 
+def export(options) -> None:
+    from .export import export_run
+
+    export_run(options.run, options.output_dir)
+    print(f"{options.output_dir}: a plain model for transformers, updates merged")
+
+
 def flops(options) -> None:
     from .flops import CAP, flops_json, forward_account
 
@@ -206,3 +213,12 @@ def readme(options) -> None:
 
     for page in fill_pages():
         print(f"{page.name}: filled")
+
+
+def bench(options) -> None:
+    from .bench import run_benchmark
+    from .report import BENCHMARKS
+
+    entry = run_benchmark(options.name, load_dataset(options.data), options.json or BENCHMARKS)
+    print(entry["about"], entry["machine"], sep="\n")
+    print(pd.DataFrame(entry["rows"]).drop(columns="times").to_string(index=False, float_format="{:.4g}".format))

@@ -22,10 +22,6 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.tokens + other.tokens, self.flops + other.flops, self.flops_course + other.flops_course)
 
-    def trained(self) -> Cost:
-        """Cost of a training step on what this forward pass ran over: the backward pass costs two more of it."""
-        return Cost(self.tokens, 3 * self.flops, 3 * self.flops_course)
-
     def __mul__(self, times: int) -> Cost:
         return Cost(self.tokens * times, self.flops * times, self.flops_course * times)
 
@@ -33,6 +29,21 @@ class Cost:
 def forward_cost(config: object, batch_size: int, length: int, **settings: object) -> Cost:
     """Cost of one forward pass (settings as in `forward_account`)."""
     price = lambda c: forward_account(config, batch_size, length, convention=c, **settings).forward  # noqa: E731
+    return Cost(batch_size * length, *_by_convention(config, price))
+
+
+def training_cost(
+    config: object, batch_size: int, length: int, *, gradient_checkpointing: bool = False, **settings: object
+) -> Cost:
+    """Cost of one training step (settings as in `forward_account`): three forward passes with the loss.
+
+    With activation checkpointing the layers run forward once more.
+    """
+
+    def price(convention: str) -> int:
+        account = forward_account(config, batch_size, length, loss=True, convention=convention, **settings)
+        return account.training + gradient_checkpointing * account.blocks
+
     return Cost(batch_size * length, *_by_convention(config, price))
 
 

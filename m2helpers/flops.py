@@ -127,6 +127,14 @@ class Account:
         """FLOPs of a training step by the course's rule: forward, and a backward of twice that."""
         return 3 * self.forward
 
+    @property
+    def blocks(self) -> int:
+        """FLOPs of the layers without the last norm, the head and the loss: what activation checkpointing computes again."""
+        layers = len({path.split(".")[2] for path in self.matmuls if path.startswith("model.layers.")})
+        components = self.components
+        norm = components.get("rmsnorm", 0) // (2 * layers + 1) if layers else 0
+        return self.forward - norm - sum(components.get(name, 0) for name in ("lm_head", "head bias", "loss"))
+
 
 def forward_account(
     config: object,

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import Cache, PreTrainedModel
 
 from .costs import generation_cost
 from .files import UserError
 from .grammar import Grammar
+from .kvcache import grouped, joined, make_cache, rows_at_once
 from .models import Base
 from .settings import LoraSettings
 from .text import Codec, left_pad, numeric_tokens, tokenise
@@ -102,7 +103,8 @@ def generate(
         at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
-            written = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
+            with grouped(base.model):
+                written = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
             for i, tokens in zip(rows, written, strict=True):
                 cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)
                 bill.add("generate", cost)
@@ -144,19 +146,15 @@ def _continue(
     """
     device = base.model.device
     ids, mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
-    padded = rules is not None or not bool(mask.all())
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
-    cache = DynamicCache(config=base.model.config)
     written: list[list[int]] = [[] for _ in prompts]
     left = [n_separators] * len(prompts)  # still to write
     states, alive = list(states), list(range(len(prompts)))
+    head = base.model.get_output_embeddings()
+    hidden, cache = _prefill(base.model, ids, mask, positions)  # (batch, hidden)
     while True:
-        inputs = dict(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions)
-        if rules:
-            hidden = base.model.base_model(**inputs, past_key_values=cache).last_hidden_state[:, -1]  # (alive, hidden)
-            logits = rules.score(hidden, [states[row] for row in alive])  # (alive, characters)
-        else:
-            logits = base.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (alive, vocab)
+        # (alive, characters) or (alive, vocab)
+        logits = rules.score(hidden, [states[row] for row in alive]) if rules else head(hidden)
         new: list[list[int]] = []
         for row, choice in zip(alive, _choose(logits, temperature, draws).tolist(), strict=True):
             tokens = []
@@ -179,6 +177,28 @@ def _continue(
         ids, new_mask = torch.from_numpy(new_ids).to(device), torch.from_numpy(new_mask).to(device)
         positions = positions[:, -1:] + new_mask.cumsum(1)
         mask = torch.cat([mask, new_mask], dim=1)
+        hidden = _read(base.model, cache, ids, mask, positions)
+
+
+def _prefill(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, Cache]:
+    """Read the prompts, (batch, length) each, a few rows at a time: the last hidden states, (batch, hidden), and the cache."""
+    caches, hidden = [], []
+    at_once = rows_at_once(model.config, ids.shape[1])
+    for first in range(0, len(ids), at_once):
+        rows = slice(first, first + at_once)
+        caches.append(make_cache(model.config))
+        hidden.append(_read(model, caches[-1], ids[rows], mask[rows], positions[rows]))
+    return torch.cat(hidden), joined(caches)
+
+
+def _read(
+    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Read new tokens, (batch, new), after those in the cache: the last hidden states, (batch, hidden)."""
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    return model.base_model(**inputs, use_cache=True).last_hidden_state[:, -1]
 
 
 def _choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> torch.Tensor:

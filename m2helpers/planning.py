@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from .costs import Cost, forward_cost, generation_cost
+from .costs import Cost, forward_cost, generation_cost, training_cost
 from .data import Dataset
 from .evaluation import P5_CONTEXTS, PROTOCOLS, make_cases
 from .files import UserError
@@ -161,10 +161,12 @@ def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     """What a run costs at most, every window as long as the longest: training, and its validations."""
     adapted = dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
     adapted["vocabulary"] = len(Codec(1.0).alphabet) if settings.numeric_head else None
-    step = forward_cost(config, settings.batch_size, settings.max_length, loss=True, **adapted)
+    shape = (settings.batch_size, settings.max_length)
+    step = training_cost(config, *shape, gradient_checkpointing=bool(settings.gradient_checkpointing), **adapted)
+    validation = forward_cost(config, *shape, loss=True, **adapted)
     validations = settings.validations(0, settings.max_steps)
     batches = math.ceil(settings.eval_windows / settings.batch_size)
-    return step.trained() * settings.max_steps, step * (validations * batches)
+    return step * settings.max_steps, validation * (validations * batches)
 
 
 def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from .text import Codec, fit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_CACHE = ROOT / "data" / "baselines"
+BENCHMARKS = ROOT / "docs" / "benchmarks.json"
 STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final", "extended": "extended"}
 
 # Qwen2.5-0.5B-Instruct on the course's own data file: P5 (MAE, MSE) by context, as published in a write-up of the course
@@ -257,6 +258,24 @@ def costs_table() -> str:
     return "\n".join(lines)
 
 
+def benchmarks_table() -> str:
+    """Every recorded benchmark in Markdown: what was compared, where and when, and a table of its sides."""
+    names = {
+        "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
+        "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
+        "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's", "mae": "P5 error",
+    }  # fmt: skip
+    parts = []
+    for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:
+        shown = [key for key in names if key in entry["rows"][0]]
+        lines = [f"| {' | '.join(names[key] for key in shown)} |", f"|{'---|' * len(shown)}"]
+        for row in entry["rows"]:
+            cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join([f"**{entry['about']}** {entry['machine']}; {entry['date']}.", "", *lines]))
+    return "\n\n".join(parts) or "No benchmark has been recorded."
+
+
 def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
@@ -265,6 +284,7 @@ def blocks() -> dict[str, str]:
         "sweeps": sweeps_table(),
         "spending": spending_table(),
         "costs": costs_table(),
+        "benchmarks": benchmarks_table(),
         "data-statistics": statistics_table(load_dataset()),
     }
 

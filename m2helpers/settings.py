@@ -57,6 +57,9 @@ class TrainSettings(LoraSettings):
     numeric_head: int = 0
     """1: only the characters of numeric text are scored, in training and validation; 0: the whole vocabulary."""
 
+    gradient_checkpointing: int = 0
+    """1: activations inside the layers are computed again for the backward pass, not kept: less memory, more time."""
+
     def __post_init__(self):
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
         for name, value in least.items():
@@ -64,7 +67,7 @@ class TrainSettings(LoraSettings):
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
         if not 0 <= self.rescale <= 2:
             raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
-        for name in ("random_start", "numeric_head"):
+        for name in ("random_start", "numeric_head", "gradient_checkpointing"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"{name} {getattr(self, name)}: give 0 or 1")
         for name in ("warmup_ratio", "lora_dropout"):

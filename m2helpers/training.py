@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .costs import Cost, forward_cost
+from .costs import Cost, forward_cost, training_cost
 from .data import Dataset
 from .files import UserError, write_json
 from .ledger import Spender
@@ -94,7 +94,7 @@ def train_lora(
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
     config = describe(base, dataset, settings, codec, stage)
     check_folder(folder, config, resume)
-    work = _Training(base, dataset, settings, codec)
+    work = Training(base, dataset, settings, codec)
     if resume:
         work.record = load_state(folder, work.parameters, work.optimizer, work.best)
     elif folder:
@@ -142,7 +142,7 @@ def train_lora(
     return TrainResult(base.model.eval(), history)
 
 
-class _Training:
+class Training:
     """A run in hand: what it trains, what is due next, and what the steps kept so far were and cost."""
 
     def __init__(self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec) -> None:
@@ -167,7 +167,13 @@ class _Training:
             if settings.numeric_head
             else None
         )
-        self.cost = _forward_cost(base, settings, self.characters)
+        self.cost = _cost(forward_cost, base, settings, self.characters, loss=True)
+        checkpointing = bool(settings.gradient_checkpointing)
+        self.step_cost = _cost(training_cost, base, settings, self.characters, gradient_checkpointing=checkpointing)
+        if checkpointing:
+            base.model.gradient_checkpointing_enable(
+                {"use_reentrant": False}
+            )  # the other kind wants embeddings that learn
 
     @property
     def finished(self) -> bool:
@@ -176,7 +182,7 @@ class _Training:
     def most(self, stop: int) -> dict[str, Cost]:
         """What the steps up to `stop` and their validations can cost, by kind."""
         first, settings = self.record["step"], self.settings
-        step = self.cost((settings.batch_size, self.longest)).trained()
+        step = self.step_cost((settings.batch_size, self.longest))
         validations = settings.validations(first, stop) + self.record["due"]
         validation = _validation_at_most(self.validation, settings, self.cost)
         return {"train": step * (stop - first), "validate": validation * validations}
@@ -197,7 +203,7 @@ class _Training:
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        spent = self.cost(shape).trained()
+        spent = self.step_cost(shape)
         self.record |= {"step": step + 1, "due": settings.validates(step + 1)}
         self.record["losses"].append(loss.item())
         self.record["flops"] += spent.flops
@@ -239,7 +245,7 @@ class _Training:
 def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
     """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
     settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
-    cost = _forward_cost(base, settings)
+    cost = _cost(forward_cost, base, settings, loss=True)
     with base.ledger.reserve(base.spender, validate=_validation_at_most(parts, settings, cost)) as bill:
         loss, spent = _validate(base, settings, parts, cost)
         bill.add("validate", spent)
@@ -309,10 +315,10 @@ def _validate(
     return total / count, spent
 
 
-def _forward_cost(
-    base: Base, settings: TrainSettings, characters: torch.Tensor | None = None
+def _cost(
+    price: Callable[..., Cost], base: Base, settings: TrainSettings, characters: torch.Tensor | None = None, **options
 ) -> Callable[[tuple[int, int]], Cost]:
-    """What a forward pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
+    """What a pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
     adapted = {"lora_r": settings.lora_r, "target_modules": settings.target_modules}
     adapted["vocabulary"] = None if characters is None else len(characters)
-    return lru_cache(None)(lambda shape: forward_cost(base.model.config, *shape, loss=True, **adapted))
+    return lru_cache(None)(lambda shape: price(base.model.config, *shape, **options, **adapted))

@@ -50,11 +50,20 @@ def tiny_base(tiny_folder):
     return lambda **options: load_base(str(tiny_folder), **options)
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory):
-    """Twelve simulated systems of 20 steps, read from a file in the course's schema."""
-    path = tmp_path_factory.mktemp("data") / "small.h5"
-    settings = SimulatorSettings(systems=12, steps=20, t_max=40.0)
+def _dataset(path, **settings):
+    settings = SimulatorSettings(systems=12, **settings)
     time, trajectories, _ = simulate(settings)
     write_dataset(path, time, trajectories, settings)
     return load_dataset(path)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Twelve simulated systems of 20 steps, read from a file in the course's schema."""
+    return _dataset(tmp_path_factory.mktemp("data") / "small.h5", steps=20, t_max=40.0)
+
+
+@pytest.fixture(scope="session")
+def long_data(tmp_path_factory):
+    """Twelve simulated systems of 100 steps."""
+    return _dataset(tmp_path_factory.mktemp("data") / "long.h5")

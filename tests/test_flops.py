@@ -348,3 +348,11 @@ def test_the_account_itself_needs_no_torch():
     use = "from m2helpers.flops import *; training_flops(QWEN_05B, 4, 512); print('torch' in sys.modules)"
     command = [sys.executable, "-c", f"{bare}; {use}", str(Path(m2helpers.flops.__file__).parent)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_the_blocks_are_what_twice_as_many_layers_add():
+    """Activation checkpointing computes them again: no last norm, no head, no loss."""
+    sizes = dict(lora_r=4, loss=True)
+    once = forward_account(QWEN_05B, 2, 16, **sizes)
+    twice = forward_account(QWEN_05B | {"num_hidden_layers": 2 * QWEN_05B["num_hidden_layers"]}, 2, 16, **sizes)
+    assert once.blocks == twice.forward - once.forward

@@ -49,6 +49,23 @@ def test_dead_kernel_is_named(tmp_path):
         notebooks.execute(path)
 
 
+@pytest.mark.parametrize("path", notebooks.find_notebooks(), ids=lambda path: path.stem)
+def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, monkeypatch):
+    """A folder with random weights: the notebooks that need finished runs show the embedded base's, and say so."""
+    monkeypatch.setenv("M2_MODEL", str(tiny_folder))
+    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
+    notebook, _, _ = notebooks.execute(path)
+    printed = "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream"
+    )
+    assert "tiny" in printed
+    if path.stem[0] in "567":
+        assert "this page shows th" in printed and "embedded" in printed
+
+
 def test_order_and_costs(tmp_path):
     for name in ("appendix_a", "2_b", "1_z", "notes"):
         (tmp_path / f"{name}.ipynb").touch()

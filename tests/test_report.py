@@ -68,6 +68,21 @@ def test_the_tables_of_the_experiments_follow_their_records(tmp_path, monkeypatc
     assert report.spending_table().splitlines()[-1] == "| **all** | 3e+14 | 3e+14 | 0.3000% |"
 
 
+def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "BENCHMARKS", tmp_path / "benchmarks.json")
+    assert report.benchmarks_table() == "No benchmark has been recorded."
+    row = {"side": "theirs", "seconds": 12.345678, "ratio": 1.0, "times": [12.3], "peak_gb": 8.0, "peak_ratio": 1.0}
+    entry = {"about": "A step.", "machine": "a machine", "date": "2026-01-02", "rows": [row]}
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"train": entry}))
+    lines = report.benchmarks_table().splitlines()
+    assert lines[0] == "**A step.** a machine; 2026-01-02."
+    assert lines[2:] == [
+        "|  | seconds, median | times as fast | peak memory (GB) | of the first row's |",
+        "|---|---|---|---|---|",
+        "| theirs | 12.35 | 1 | 8 | 1 |",
+    ]
+
+
 def test_fill_blocks_refuses_what_it_cannot_fill():
     with pytest.raises(UserError, match="'strange' has no content"):
         report.fill_blocks("<!-- begin: strange -->x<!-- end: strange -->", {"results": ""})

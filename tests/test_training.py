@@ -182,7 +182,7 @@ def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypat
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_saved(train, monkeypatch):
-    monkeypatch.setattr(training._Training, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or Cost())
+    monkeypatch.setattr(training.Training, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or Cost())
     with pytest.raises(Stopped, match=r"unsaved: stopped at step 2 of 7$"):
         train()
 
@@ -562,7 +562,7 @@ def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
 def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, change):
     """Each is a stretch of the text of some training series times one factor; the same place, the same window."""
     codec, settings = Codec(fit_scale(small_data.part("train"))), replace(QUICK, **change)
-    work = training._Training(tiny_base(), small_data, settings, codec)
+    work = training.Training(tiny_base(), small_data, settings, codec)
     decode = work.base.tokenizer.decode
     plain = [codec.encode(values) for values in small_data.part("train")]
     texts = [decode(work.window(place)) for place in range(40)]
@@ -574,6 +574,14 @@ def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, c
     assert any(start % QUICK.max_length for start in starts) == bool(settings.random_start) or settings.rescale
 
 
+def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
+    """The layers run forward once more; what is learned is the same."""
+    result = train(replace(QUICK, gradient_checkpointing=1))
+    assert _same(_weights(result.model), _weights(run[1].model))
+    assert any(p.abs().max() > 0 for name, p in _weights(result.model).items() if "lora_B" in name)
+    assert result.history["flops"].iloc[-1] > 1.1 * run[1].history["flops"].iloc[-1]
+
+
 def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_data):
     """It costs less, and learns the same text: a bias moves for those characters only."""
     full, numeric = train(), train(replace(QUICK, numeric_head=1))
@@ -582,7 +590,7 @@ def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_dat
     moved = numeric.model.lm_head.bias.nonzero().flatten().tolist()
     assert moved and set(moved) <= set(tiny_base().tokenizer("0123456789.-,;")["input_ids"])
     config, settings = tiny_base().model.config, replace(QUICK, numeric_head=1)
-    step = training._Training(tiny_base(), small_data, settings, Codec(1.0)).most(1)["train"]
+    step = training.Training(tiny_base(), small_data, settings, Codec(1.0)).most(1)["train"]
     assert step.flops == forward_account(config, 3, 48, loss=True, lora_r=2, vocabulary=14).training
 
 

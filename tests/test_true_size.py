@@ -1,10 +1,8 @@
 """Qwen2.5-0.5B at its true size, with random weights: a folder in hub format is loaded, trained on and forecast with."""
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from m2helpers.architecture import QWEN_05B
+from m2helpers.bench import random_qwen
 from m2helpers.forecasting import forecast
 from m2helpers.lora import parameter_report
 from m2helpers.models import embedded_tokenizer, load_base
@@ -16,16 +14,8 @@ from m2helpers.training import train_lora
 @pytest.fixture
 def qwen_folder(tmp_path):
     """Its architecture in bfloat16, about 1 GB. The tokenizer is ours, which gives numeric text the same ids."""
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.fill_(1.0) if "norm" in name else p.normal_(0, 0.02)
     folder = tmp_path / "qwen"
-    model.save_pretrained(folder)
+    random_qwen().save_pretrained(folder)
     embedded_tokenizer().save_pretrained(folder)
     yield folder
     (folder / "model.safetensors").unlink()  # pytest keeps the folders of three runs
