@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from .architecture import QWEN_05B
 from .costs import forward_cost
@@ -35,7 +36,8 @@ from .training import Training
 
 ROUNDS, STEPS = 2, 2  # each side is timed for so many steps in so many turns, after one step to warm up
 SETTINGS = TrainSettings(lora_r=8, batch_size=4, max_length=512, random_start=1)  # every window is whole
-FULL, ALTERNATIVE = "full vocabulary", "peft + Trainer"
+ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"
+PROMPT = 16  # new tokens a row from which on a forward pass reads a prompt; decoding reads one or two
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -45,6 +47,7 @@ def random_qwen() -> Qwen2ForCausalLM:
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).to(torch.bfloat16)
     model.to_empty(device="cpu")
     model.tie_weights()
+    model.model.rotary_emb = Qwen2RotaryEmbedding(model.config)  # computed, not a weight
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -80,7 +83,7 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset) -> dict:
     sides = {
         ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset),
         FULL: lambda: _our_steps(Training(make(), dataset, SETTINGS, codec)),
-        "numeric head": lambda: _our_steps(Training(make(), dataset, numeric, codec)),
+        NUMERIC: lambda: _our_steps(Training(make(), dataset, numeric, codec)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, list[float]] = {name: [] for name in sides}
@@ -88,7 +91,8 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset) -> dict:
         for name, run in sides.items():
             with _peak_memory(peaks[name]):
                 seconds[name] += run()
-    return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks)}
+    work = Training(make(), dataset, numeric, codec)
+    return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks), "profile": {NUMERIC: _profile(work.step)}}
 
 
 def _our_steps(work: Training) -> list[float]:
@@ -170,17 +174,17 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
     longest = 60
     for _ in range(ROUNDS + 1):
         for name, (base, ours) in reversed(sides.items()):  # ours first: it says how long the longest forecast is
-            with _prefill_clock(base.model) as prefill:
+            with _prefill_clock(base.model) as prompts_read:
                 if ours:
                     run = lambda: generate(base, codec, contexts, 6, 2, batch_size=n, constrained=True)  # noqa: B023, E731
                 else:
                     run = lambda: _generate(base, contexts, longest)  # noqa: B023, E731
                 started = time.perf_counter()
                 written = run()
-                seconds = time.perf_counter() - started
+                ended = time.perf_counter()
             longest = max(len(g.text) for g in written) if ours else longest
-            whole[name].append(seconds)
-            after[name].append(seconds - prefill[0])
+            whole[name].append(ended - started)
+            after[name].append(ended - prompts_read[0])
     first = next(iter(sides))
     rows = _rows({name: s[1:] for name, s in whole.items()}, first)  # the first turn warms up
     for row, late in zip(rows, _rows({name: s[1:] for name, s in after.items()}, first), strict=True):
@@ -199,23 +203,19 @@ def _generate(base: Base, contexts: list[str], new_tokens: int) -> None:
 
 @contextmanager
 def _prefill_clock(model: PreTrainedModel):
-    """A list whose only entry will be the seconds of the first forward pass."""
-    seconds, started = [], []
+    """A list that will hold the time at which the last of the prompts had been read."""
+    ends = [0.0]
 
-    def begin(*_) -> None:
-        started.append(time.perf_counter())
-
-    def end(*_) -> None:
-        if not seconds:
+    def end(_module, _arguments, options, _output) -> None:
+        if options["input_ids"].shape[1] >= PROMPT:
             _wait()
-            seconds.append(time.perf_counter() - started[0])
+            ends[0] = time.perf_counter()
 
-    handles = [model.base_model.register_forward_pre_hook(begin), model.base_model.register_forward_hook(end)]
+    handle = model.base_model.register_forward_hook(end, with_kwargs=True)
     try:
-        yield seconds
+        yield ends
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def context_length(_: Dataset) -> dict:
@@ -293,6 +293,20 @@ def _timed(run: Callable[[], object]) -> float:
     run()
     _wait()
     return time.perf_counter() - started
+
+
+def _profile(run: Callable[[], object]) -> dict[str, float]:
+    """Shares of the time that a piece of work spends in matrix products, in attention, and elsewhere."""
+    run()
+    with torch.profiler.profile() as profiler:
+        run()
+    shares = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = "matrix products" if name in ("mm", "addmm", "bmm") else "everything else"
+        kind = "attention" if name.startswith("_scaled_dot_product") else kind
+        shares[kind] += event.self_cpu_time_total if not torch.cuda.is_available() else event.self_device_time_total
+    return {kind: time / sum(shares.values()) for kind, time in shares.items()}
 
 
 def _wait() -> None:

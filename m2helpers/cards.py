@@ -38,11 +38,11 @@ as LLMTime text. It has never seen a predator–prey system, and no words at all
 |---|---|---|---|---|---|
 {rows}
 
-The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tokens {settings["tokens"]} --seed {settings["seed"]}`{", where BASE is the model as the sitting before left it" if start else ""}.
+The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tokens {settings["tokens"]} --seed {settings["seed"]}`{f", where BASE is the model as the sitting before left it (SHA-256 {sittings[-2]['sha256'][:16]}…, in this repository's history)" if start else ""}.
 
 ## Mixture
 
-An equal mixture of {len(record["loss_by_family"])} families; validation loss of each, in nats a token:
+An equal mixture of {len(record["loss_by_family"])} families{"; the sittings before drew from the mixture as it was then" if start else ""}. Validation loss of each, in nats a token:
 
 | family | loss |
 |---|---|
@@ -50,5 +50,5 @@ An equal mixture of {len(record["loss_by_family"])} families; validation loss of
 
 ## Limits
 
-At most {settings["max_length"]:,} tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 30.
+At most {settings["max_length"]:,} tokens of context were seen in training. One to three variables, mostly two decimals, numbers mostly below 25.
 """

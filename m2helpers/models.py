@@ -74,6 +74,8 @@ def default_model() -> str:
 def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | None = None) -> Base:
     """Load a base model and its tokenizer, in evaluation mode, on the first of CUDA, MPS and CPU that there is.
 
+    The environment variables ``M2_DTYPE`` and ``M2_DEVICE`` overrule the choice of precision and device.
+
     Parameters
     ----------
     name : str, optional
@@ -97,9 +99,11 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     if not (folder / "config.json").is_file() or not weights:
         missing = "config.json" if weights else "model*.safetensors weights"
         raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = _device()
     stored = sum(path.stat().st_size for path in weights)
-    dtype = dtype or ("bfloat16" if stored > LARGE and has_bfloat16(device) else "float32")
+    dtype = (
+        dtype or os.environ.get("M2_DTYPE") or ("bfloat16" if stored > LARGE and has_bfloat16(device) else "float32")
+    )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r}: choose float32 or bfloat16")
     try:
@@ -126,6 +130,15 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
         add_head_bias(model)
     model.generation_config.do_sample = False
     return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
+
+
+def _device() -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device, available in there.items() if available]
+    asked = os.environ.get("M2_DEVICE") or found[0]
+    if asked not in found:
+        raise UserError(f"M2_DEVICE {asked!r}: this machine has {', '.join(found)}")
+    return asked
 
 
 def _check_memory(name: str, needed: int) -> None:

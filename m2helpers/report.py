@@ -272,6 +272,9 @@ def benchmarks_table() -> str:
         for row in entry["rows"]:
             cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
             lines.append(f"| {' | '.join(cells)} |")
+        for side, shares in entry.get("profile", {}).items():
+            where = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+            lines += ["", f"Where the time of *{side}* goes: {where}."]
         parts.append("\n".join([f"**{entry['about']}** {entry['machine']}; {entry['date']}.", "", *lines]))
     return "\n\n".join(parts) or "No benchmark has been recorded."
 

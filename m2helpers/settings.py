@@ -95,7 +95,7 @@ class TrainSettings(LoraSettings):
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=3000),
+    "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=2000),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,

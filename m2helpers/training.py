@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .activations import lean_activations
 from .costs import Cost, forward_cost, training_cost
 from .data import Dataset
 from .files import UserError, write_json
@@ -195,9 +196,10 @@ class Training:
             group["lr"] = settings.rate(step)
         self.base.model.train()
         places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
-        with mixed_precision(self.base.model):
-            loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
-        loss.backward()
+        with lean_activations(self.base.model):
+            with mixed_precision(self.base.model):
+                loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
+            loss.backward()
         if not math.isfinite(loss.item()):
             raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)

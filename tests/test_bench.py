@@ -29,7 +29,9 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
     record.write_text(json.dumps({"kept": {}}))
     entry = run_benchmark(name, long_data, record)
     assert json.loads(record.read_text()) == {"kept": {}, name: entry}
-    assert {"about", "machine", "date", "rows"} == set(entry)
+    assert {"about", "machine", "date", "rows"} == set(entry) - {"profile"}
+    for shares in entry.get("profile", {"": {"all": 1}}).values():
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
     for place, row in enumerate(entry["rows"]):
         assert row["seconds"] > 0 and row["times"] and len(row["side"]) > 5
         alternative = next(r for r in entry["rows"] if r.get("context") == row.get("context"))

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from m2helpers.architecture import QWEN_05B
 from m2helpers.files import UserError
 from m2helpers.lora import (
+    CheapDropout,
     LoraSettings,
     apply_lora,
     load_adapter,
@@ -112,6 +113,23 @@ def test_dropout_acts_in_training_only(adapted):
 
 
 # ---------------------------------------------------------------- merging
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.full((300, 1001), 2.0, requires_grad=True)
+    dropout = CheapDropout(0.05)
+    y = dropout(x)
+    dropped = y == 0
+    assert 0.045 < dropped.float().mean() < 0.055 and torch.allclose(y[~dropped], torch.tensor(2 / 0.95))
+    columns = dropped.float().mean(0)
+    assert columns.min() < 0.03 < 0.07 < columns.max()  # no pattern: as unequal as chance makes them
+    assert not torch.equal(dropout(x) == 0, dropped)
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, dropped)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(CheapDropout(0.0)(x), x)
 
 
 def test_merged_logits_agree(adapted, tiny_base):

@@ -143,6 +143,20 @@ def test_a_large_model_is_loaded_in_bfloat16_where_that_is_faster(tiny_base, mon
         tiny_base(dtype="float16")
 
 
+def test_precision_and_device_can_be_chosen(tiny_base, monkeypatch):
+    monkeypatch.setenv("M2_DTYPE", "bfloat16")
+    monkeypatch.setenv("M2_DEVICE", "cpu")
+    assert tiny_base().model.dtype == torch.bfloat16 and tiny_base().model.device.type == "cpu"
+    assert tiny_base(dtype="float32").model.dtype == torch.float32
+    monkeypatch.setenv("M2_DEVICE", "abacus")
+    with pytest.raises(UserError, match=r"M2_DEVICE 'abacus': this machine has .*cpu"):
+        tiny_base()
+    monkeypatch.setenv("M2_DEVICE", "cpu")
+    monkeypatch.setenv("M2_DTYPE", "float64")
+    with pytest.raises(UserError, match="dtype 'float64': choose float32 or bfloat16"):
+        tiny_base()
+
+
 def test_too_little_memory_is_said_before_loading(tiny_base, monkeypatch):
     monkeypatch.setattr("m2helpers.models.psutil.virtual_memory", lambda: SimpleNamespace(available=10))
     with pytest.raises(UserError, match=r"weights need .* GB of memory and 0.0 GB are free; close other programs"):

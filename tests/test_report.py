@@ -72,7 +72,13 @@ def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "BENCHMARKS", tmp_path / "benchmarks.json")
     assert report.benchmarks_table() == "No benchmark has been recorded."
     row = {"side": "theirs", "seconds": 12.345678, "ratio": 1.0, "times": [12.3], "peak_gb": 8.0, "peak_ratio": 1.0}
-    entry = {"about": "A step.", "machine": "a machine", "date": "2026-01-02", "rows": [row]}
+    entry = {
+        "about": "A step.",
+        "machine": "a machine",
+        "date": "2026-01-02",
+        "rows": [row],
+        "profile": {"ours": {"a": 0.75, "b": 0.25}},
+    }
     (tmp_path / "benchmarks.json").write_text(json.dumps({"train": entry}))
     lines = report.benchmarks_table().splitlines()
     assert lines[0] == "**A step.** a machine; 2026-01-02."
@@ -80,6 +86,8 @@ def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
         "|  | seconds, median | times as fast | peak memory (GB) | of the first row's |",
         "|---|---|---|---|---|",
         "| theirs | 12.35 | 1 | 8 | 1 |",
+        "",
+        "Where the time of *ours* goes: a 75%, b 25%.",
     ]
 
 
