@@ -70,8 +70,9 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if self._unmerged is not None:
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # which brings input and weight to one precision by itself
-            x = x.to(self.lora_A.weight.dtype)
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            x = x.to(self.lora_A.weight.dtype)  # autocast brings input and weight to one precision by itself
         update = self.lora_B(self.lora_A(self.dropout(x)))  # (…, rank) → (…, out)
         return y + (self.scaling * update).to(y.dtype)
 

@@ -172,9 +172,8 @@ class Training:
         checkpointing = bool(settings.gradient_checkpointing)
         self.step_cost = _cost(training_cost, base, settings, self.characters, gradient_checkpointing=checkpointing)
         if checkpointing:
-            base.model.gradient_checkpointing_enable(
-                {"use_reentrant": False}
-            )  # the other kind wants embeddings that learn
+            # The re-entrant kind would want embeddings that learn.
+            base.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def finished(self) -> bool:
