@@ -34,7 +34,8 @@ from .settings import TrainSettings
 from .text import Codec, fit_scale, tokenise
 from .training import Training
 
-ROUNDS, STEPS = 2, 2  # each side is timed for so many steps in so many turns, after one step to warm up
+ROUNDS = 2  # turns of each side
+STEPS, STEPS_EMBEDDED = 2, 20  # timed in a turn, after one to warm up
 SETTINGS = TrainSettings(lora_r=8, batch_size=4, max_length=512, random_start=1)  # every window is whole
 ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"
 PROMPT = 16  # new tokens a row from which on a forward pass reads a prompt; decoding reads one or two
@@ -69,21 +70,21 @@ def _embedded() -> Base:
 
 def train_full_size(dataset: Dataset) -> dict:
     """A training step of Qwen2.5-0.5B at its true size: batch 4 × 512, rank 8 on q and v, bfloat16 weights."""
-    return _compare_training(_full_size, dataset)
+    return _compare_training(_full_size, dataset, STEPS)
 
 
 def train_embedded(dataset: Dataset) -> dict:
     """A training step of the embedded base: batch 4 × 512, rank 8 on q and v."""
-    return _compare_training(_embedded, dataset)
+    return _compare_training(_embedded, dataset, STEPS_EMBEDDED)
 
 
-def _compare_training(make: Callable[[], Base], dataset: Dataset) -> dict:
+def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> dict:
     codec = Codec(fit_scale(dataset.part("train")))
     numeric = TrainSettings(**vars(SETTINGS) | {"numeric_head": 1})
     sides = {
-        ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset),
-        FULL: lambda: _our_steps(Training(make(), dataset, SETTINGS, codec)),
-        NUMERIC: lambda: _our_steps(Training(make(), dataset, numeric, codec)),
+        ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset, steps),
+        FULL: lambda: _our_steps(Training(make(), dataset, SETTINGS, codec), steps),
+        NUMERIC: lambda: _our_steps(Training(make(), dataset, numeric, codec), steps),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, list[float]] = {name: [] for name in sides}
@@ -95,11 +96,11 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset) -> dict:
     return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks), "profile": {NUMERIC: _profile(work.step)}}
 
 
-def _our_steps(work: Training) -> list[float]:
-    return [_timed(work.step) for _ in range(1 + STEPS)][1:]
+def _our_steps(work: Training, steps: int) -> list[float]:
+    return [_timed(work.step) for _ in range(1 + steps)][1:]
 
 
-def _trainer_steps(base: Base, codec: Codec, dataset: Dataset) -> list[float]:
+def _trainer_steps(base: Base, codec: Codec, dataset: Dataset, steps: int) -> list[float]:
     """The same windows and precision by `peft` and `transformers.Trainer`; its head has no bias to train."""
     series = tokenise([codec.encode(values) for values in dataset.part("train")], base.tokenizer)
     windows = [ids[: SETTINGS.max_length].tolist() for ids in series]
@@ -115,7 +116,7 @@ def _trainer_steps(base: Base, codec: Codec, dataset: Dataset) -> list[float]:
         arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=SETTINGS.batch_size,
-            max_steps=1 + STEPS,
+            max_steps=1 + steps,
             use_cpu=base.model.device.type == "cpu",
             bf16=has_bfloat16(base.model.device.type),
             report_to="none",

@@ -19,6 +19,7 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "load_base", lambda name, **options: load_base(str(tiny_folder), **options))
     monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setattr(bench, "STEPS", 1)
+    monkeypatch.setattr(bench, "STEPS_EMBEDDED", 1)
     monkeypatch.setattr(bench, "CONTEXTS", (8, 16))
     return tmp_path
 
