@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 
-FAMILIES = ("Llama", "Qwen2", "Qwen3")  # whose norms and feed-forward layers are these, by class name
+# Classes whose forward passes are these, by name.
+NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+FEED_FORWARDS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,9 +66,9 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     changed = []
     for module in model.modules():
         name = type(module).__name__
-        if name in [f"{family}RMSNorm" for family in FAMILIES] and not module.weight.requires_grad:
+        if name in NORMS and not module.weight.requires_grad:
             module.forward = partial(_norm, module)
-        elif name in [f"{family}MLP" for family in FAMILIES] and isinstance(module.act_fn, SiLUActivation):
+        elif name in FEED_FORWARDS and isinstance(module.act_fn, SiLUActivation):
             module.forward = partial(_feed_forward, module)
         else:
             continue

@@ -29,7 +29,7 @@ from .data import Dataset
 from .evaluation import evaluate, make_cases
 from .files import UserError, read_json, write_json
 from .forecasting import generate
-from .models import EMBEDDED, Base, add_head_bias, embedded_tokenizer, has_bfloat16, load_base
+from .models import EMBEDDED, Base, add_head_bias, choose_device, embedded_tokenizer, has_bfloat16, load_base
 from .settings import TrainSettings
 from .text import Codec, fit_scale, tokenise
 from .training import Training
@@ -57,12 +57,7 @@ def random_qwen() -> Qwen2ForCausalLM:
 
 
 def _full_size() -> Base:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Base(add_head_bias(random_qwen()).to(device), embedded_tokenizer(), "random weights", "")
-
-
-def _embedded() -> Base:
-    return load_base(EMBEDDED)
+    return Base(add_head_bias(random_qwen()).to(choose_device()), embedded_tokenizer(), "random weights", "")
 
 
 # ---------------------------------------------------------------- training
@@ -75,7 +70,7 @@ def train_full_size(dataset: Dataset) -> dict:
 
 def train_embedded(dataset: Dataset) -> dict:
     """A training step of the embedded base: batch 4 × 512, rank 8 on q and v."""
-    return _compare_training(_embedded, dataset, STEPS_EMBEDDED)
+    return _compare_training(lambda: load_base(EMBEDDED), dataset, STEPS_EMBEDDED)
 
 
 def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> dict:
@@ -172,18 +167,17 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
     codec = Codec(fit_scale(dataset.part("train")))
     contexts = [case.context for case in make_cases(dataset.part("validation"), codec, "P5", 512)[:n]]
     whole, after = ({name: [] for name in sides} for _ in range(2))
-    longest = 60
+    longest = 0
     for _ in range(ROUNDS + 1):
         for name, (base, ours) in reversed(sides.items()):  # ours first: it says how long the longest forecast is
             with _prefill_clock(base.model) as prompts_read:
-                if ours:
-                    run = lambda: generate(base, codec, contexts, 6, 2, batch_size=n, constrained=True)  # noqa: B023, E731
-                else:
-                    run = lambda: _generate(base, contexts, longest)  # noqa: B023, E731
                 started = time.perf_counter()
-                written = run()
+                if ours:
+                    written = generate(base, codec, contexts, 6, 2, batch_size=n, constrained=True)
+                else:
+                    _generate(base, contexts, longest)
                 ended = time.perf_counter()
-            longest = max(len(g.text) for g in written) if ours else longest
+            longest = max(len(g.text) for g in written)
             whole[name].append(ended - started)
             after[name].append(ended - prompts_read[0])
     first = next(iter(sides))

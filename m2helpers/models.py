@@ -99,7 +99,7 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     if not (folder / "config.json").is_file() or not weights:
         missing = "config.json" if weights else "model*.safetensors weights"
         raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
-    device = _device()
+    device = choose_device()
     stored = sum(path.stat().st_size for path in weights)
     dtype = (
         dtype or os.environ.get("M2_DTYPE") or ("bfloat16" if stored > LARGE and has_bfloat16(device) else "float32")
@@ -132,7 +132,8 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
 
 
-def _device() -> str:
+def choose_device() -> str:
+    """The first of CUDA, MPS and CPU that there is, or what ``M2_DEVICE`` names (`UserError` if it is not there)."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     found = [device for device, available in there.items() if available]
     asked = os.environ.get("M2_DEVICE") or found[0]

@@ -175,10 +175,7 @@ def published_table() -> pd.DataFrame:
 def headline_table(base: str = "embedded") -> str:
     """The front page's table in Markdown: P5 error by stage and context, ours with intervals beside the published."""
     ours, baselines = stage_results(base), baseline_results()
-    lines = [
-        f"| P5 mean absolute error (population units) | {' | '.join(f'S = {s}' for s in P5_CONTEXTS)} |",
-        f"|---|{'---|' * len(P5_CONTEXTS)}",
-    ]
+    lines = _header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage, rows in ours.items():
         cells = [f"**{row.mae:.4f}** ({row.ci_mae[0]:.4f}–{row.ci_mae[1]:.4f})" for row in rows]
         lines.append(f"| {base} base, {stage} | {' | '.join(cells)} |")
@@ -205,10 +202,7 @@ def headline_table(base: str = "embedded") -> str:
 
 def seeds_table(base: str = "embedded") -> str:
     """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
-    lines = [
-        f"| run | seeds | {' | '.join(f'S = {s}' for s in P5_CONTEXTS)} |",
-        f"|---|---|{'---|' * len(P5_CONTEXTS)}",
-    ]
+    lines = _header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage in FINAL_STAGES:
         paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
         paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
@@ -228,7 +222,7 @@ def sweeps_table(base: str = "embedded") -> str:
         return "No sweep has been recorded for this base."
     errors = [column for column in table if column.startswith("MAE")]
     names = ["learning_rate", "lora_r", "max_length", "precision", "max_steps", "val_loss", *errors]
-    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * len(names)}"]
+    lines = _header(*(name.replace("_", " ") for name in names))
     for _, row in table.sort_values("val_loss").iterrows():
         cells = [f"{row[name]:.4f}" if name == "val_loss" or name in errors else f"{row[name]:g}" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
@@ -242,7 +236,7 @@ def spending_table(base: str = "embedded") -> str:
         return "No ledger has been recorded for this base."
     spent = pd.read_csv(path).pivot_table("flops", "stage", "kind", "sum", fill_value=0, sort=False)
     kinds = list(spent)
-    lines = [f"| stage | {' | '.join(kinds)} | together | share of {CAP:.0e} |", f"|---|{'---|' * (len(kinds) + 2)}"]
+    lines = _header("stage", *kinds, "together", f"share of {CAP:.0e}")
     for stage, row in [*spent.iterrows(), ("**all**", spent.sum())]:
         cells = [f"{value:.3g}" for value in [*row, row.sum()]]
         lines.append(f"| {stage} | {' | '.join(cells)} | {row.sum() / CAP:.4%} |")
@@ -253,7 +247,7 @@ def costs_table() -> str:
     """Time and memory of each notebook in Markdown, from the record that refreshing them writes."""
     path = ROOT / "docs" / "notebook_costs.json"
     rows = read_json(path)["notebooks"] if path.is_file() else []
-    lines = ["| notebook | time (s) | peak memory (MB) |", "|---|---|---|"]
+    lines = _header("notebook", "time (s)", "peak memory (MB)")
     lines += [f"| {row['notebook']} | {row['seconds']:.0f} | {row['peak_memory_mb']:.0f} |" for row in rows]
     return "\n".join(lines)
 
@@ -268,7 +262,7 @@ def benchmarks_table() -> str:
     parts = []
     for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:
         shown = [key for key in names if key in entry["rows"][0]]
-        lines = [f"| {' | '.join(names[key] for key in shown)} |", f"|{'---|' * len(shown)}"]
+        lines = _header(*(names[key] for key in shown))
         for row in entry["rows"]:
             cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
             lines.append(f"| {' | '.join(cells)} |")
@@ -327,6 +321,11 @@ def fill_pages() -> list[Path]:
             write_text(page, after)
             changed.append(page)
     return changed
+
+
+def _header(*names: str) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
 def _interval(result: Result) -> str:
