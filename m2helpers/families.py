@@ -202,16 +202,14 @@ def repressilator(rng, n, steps):
     return _integrate(field, rng.uniform(0, 2, (3, n)), 4.5, rng, steps)
 
 
-@_family
-def two_species_competition(rng, n, steps):
+def _two_species_competition(rng, n, steps):
     """Two species that compete for the same food (never one that eats the other)."""
     pressure, speed = rng.uniform(0.3, 1.6, (2, n)), rng.uniform(0.4, 1, (2, n))
     field = lambda s: speed * s * (1 - s - pressure * s[::-1])  # noqa: E731
     return _integrate(field, rng.uniform(0.02, 1.5, (2, n)), 12.0, rng, steps)
 
 
-@_family
-def epidemic(rng, n, steps):
+def _epidemic(rng, n, steps):
     """Susceptible, infected, recovered, with lost immunity (SIRS)."""
     contact, waning = rng.uniform(1.3, 5, n), log_uniform(rng, 0.01, 0.3, n)
 
@@ -269,8 +267,7 @@ def chaotic_flows(rng, n, steps):
     return _pool([_lorenz, _rossler, _delayed_feedback], rng, n, steps)
 
 
-@_family
-def growth_and_decay(rng, n, steps):
+def _growth_and_decay(rng, n, steps):
     """Saturating growth, its mirror image, and relaxation with different rates."""
     t = np.arange(steps) / steps
     rate, middle = log_uniform(rng, 3, 40, (n, 1)), rng.uniform(0, 0.8, (n, 1))
@@ -297,8 +294,7 @@ def random_processes(rng, n, steps):
     return _pool([_smooth_random, _noise_with_memory], rng, n, steps)
 
 
-@_family
-def trend_and_season(rng, n, steps):
+def _trend_and_season(rng, n, steps):
     """A line, a repeated pattern of random shape, and a little noise."""
     period = rng.integers(4, 40, (n, 1))
     shape = rng.normal(0, 1, (n, 40)) * rng.choice([0.3, 1], (n, 1)) + np.sin(2 * np.pi * np.arange(40) / period)
@@ -307,13 +303,24 @@ def trend_and_season(rng, n, steps):
     return np.stack([season + trend, np.roll(season, 2, axis=1) - rng.normal(0, 1, (n, 1)) * trend], axis=-1)
 
 
-@_family
-def steps_and_spikes(rng, n, steps):
+def _steps_and_spikes(rng, n, steps):
     """Levels that jump at random, and spikes that repeat and fade."""
     jumps = rng.random((n, steps)) < rng.uniform(0.01, 0.08, (n, 1))
     level = np.cumsum(jumps * rng.normal(0, 1, (n, steps)), axis=1)
     since = np.arange(steps) % rng.integers(5, 50, (n, 1))
     return np.stack([level, np.exp(-since * log_uniform(rng, 0.05, 1, (n, 1)))], axis=-1)
+
+
+@_family
+def transients(rng, n, steps):
+    """Ways to a rest: growth and decay, two species in competition, epidemics."""
+    return _pool([_growth_and_decay, _two_species_competition, _epidemic], rng, n, steps)
+
+
+@_family
+def trends_and_steps(rng, n, steps):
+    """Trends with seasons, steps and spikes."""
+    return _pool([_trend_and_season, _steps_and_spikes], rng, n, steps)
 
 
 @_family

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
 
+from .attention import attend_lean
 from .costs import generation_cost
 from .files import UserError
 from .grammar import Grammar
-from .kvcache import grouped, joined, make_cache, rows_at_once
+from .kvcache import joined, make_cache, rows_at_once
 from .models import Base
 from .settings import LoraSettings
 from .text import Codec, left_pad, numeric_tokens, tokenise
@@ -103,7 +104,7 @@ def generate(
         at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
-            with grouped(base.model):
+            with attend_lean(base.model):
                 written = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
             for i, tokens in zip(rows, written, strict=True):
                 cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)

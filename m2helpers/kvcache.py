@@ -1,18 +1,13 @@
-"""The cache of keys and values that decoding reads: its room is made once, and no key is copied for the heads that share it."""
+"""The cache of keys and values that decoding reads: its room is made once, for many tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-GROUPED = "grouped"
 PREFILL_TOKENS = 4096  # of prompts, read in one pass
 SPARE = 64  # tokens of room beyond what is needed
 
@@ -83,48 +78,3 @@ def rows_at_once(config: object, length: int) -> int:
     """How many prompts of some length to read in one pass: few, since large tensors are slow to come by; all, if need be."""
     roomy = all(isinstance(layer, _RoomyLayer) for layer in make_cache(config).layers)
     return max(1, PREFILL_TOKENS // length) if roomy else 10**9
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options,
-) -> tuple[torch.Tensor, None]:
-    """Masked attention of heads that share keys, as one product a group (Ainslie et al., *GQA*, 2023).
-
-    `transformers` copies keys and values for every head of a group when there is a mask and more than one new token. Here
-    the queries of a group are stacked instead; where that gains nothing, `transformers` does it.
-
-    Parameters
-    ----------
-    query : (batch, heads, new tokens, head dimension)
-    key, value : (batch, key-value heads, all tokens, head dimension)
-    attention_mask : (batch, 1, new tokens, all tokens), optional
-    """
-    (batch, heads, new, dim), shared = query.shape, key.shape[1]
-    if attention_mask is None or new == 1 or heads == shared or attention_mask.shape[1] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    stacked = query.reshape(batch, shared, heads // shared * new, dim)
-    mask = attention_mask.repeat(1, 1, heads // shared, 1)  # (batch, 1, heads of a group × new, all)
-    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, new, dim).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
-
-
-@contextmanager
-def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend with `grouped_attention`, if it goes by PyTorch's fused attention otherwise."""
-    before = model.config._attn_implementation
-    if before == "sdpa":
-        model.config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
+from .attention import attend_lean
 from .cards import model_card
 from .costs import forward_cost
 from .families import FAMILIES
@@ -271,11 +272,10 @@ def _batch(settings: PretrainSettings, step: int, tokenizer) -> tuple[np.ndarray
 
 def _loss(model, batch: tuple[np.ndarray, np.ndarray], device) -> torch.Tensor:
     ids, mask = (torch.from_numpy(a).to(device) for a in batch)  # (batch, length)
-    logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits[
-        :, :-1
-    ]  # (batch, length - 1, vocab)
+    with attend_lean(model):
+        logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits  # (batch, length, vocab)
     labels = ids[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .activations import lean_activations
+from .attention import attend_lean
 from .costs import Cost, forward_cost, training_cost
 from .data import Dataset
 from .files import UserError, write_json
@@ -195,7 +196,7 @@ class Training:
             group["lr"] = settings.rate(step)
         self.base.model.train()
         places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
-        with lean_activations(self.base.model):
+        with lean_activations(self.base.model), attend_lean(self.base.model):  # checkpoints are computed again inside
             with mixed_precision(self.base.model):
                 loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
             loss.backward()
@@ -309,7 +310,8 @@ def _validate(
         if asked_to_stop():
             return None, spent
         batch = ordered[first : first + settings.batch_size]
-        loss, shape = _loss(base, batch, characters)
+        with attend_lean(base.model):
+            loss, shape = _loss(base, batch, characters)
         n = sum(len(w) - 1 for w in batch)
         total, count = total + loss.item() * n, count + n
         spent += cost(shape)
