@@ -88,12 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     model(added)
 
     for name, about in (
-        ("sweep", "one part of a plan: learning rate × rank, context length, or decimals"),
+        (
+            "sweep",
+            "one part of a plan: learning rate × rank, context length, decimals, or changes to the final setting",
+        ),
         ("experiments", "a whole plan: untrained, initial, grid, context, precision, final, and their measurements"),
     ):
         added = command(name, commands.experiments, about)
         if name == "sweep":
-            added.add_argument("sweep", choices=("grid", "context", "precision"))
+            added.add_argument("sweep", choices=("grid", "context", "precision", "ablation"))
         added.add_argument("--output-dir", type=Path, metavar="DIR", help="default: checkpoint/<base>")
         added.add_argument("--plan", metavar="NAME", help="embedded or qwen2.5-0.5b (default: the base's)")
         added.add_argument("--resume", action="store_true", help="go on with a run that was stopped")

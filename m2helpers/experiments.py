@@ -11,7 +11,7 @@ from .data import Dataset
 from .evaluation import PROTOCOLS, evaluate, to_json
 from .files import UserError, read_json, write_json
 from .models import load_base
-from .planning import FINAL_STAGES, STAGE_ORDER, SWEEPS, Plan, PlannedRun
+from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEPS, Plan, PlannedRun
 from .runs import is_finished, load_run, settings_sha256
 from .settings import TrainSettings
 from .state import has_state
@@ -72,7 +72,7 @@ def run_plan(
         done += 1
         say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps")
         _run(run, output_dir / run.name, model, base_sha256, dataset, resume, say)
-        if run.stage in SWEEPS:
+        if run.stage in (*SWEEPS, ABLATION):
             _measure(output_dir / run.name, None, dataset, ["P5"], say, split="validation", limit=SWEEP_SERIES)
         elif run.stage in plan.measured:
             _measure(output_dir / run.name, None, dataset, PROTOCOLS, say)
@@ -85,13 +85,19 @@ def run_plan(
     return plan
 
 
-def sweep_table(output_dir: Path) -> pd.DataFrame:
-    """Every finished run of the sweeps: settings, least validation loss, forecast error on validation series, FLOPs."""
+def sweep_table(output_dir: Path, kind: str = "sweep") -> pd.DataFrame:
+    """Every finished run of the sweeps: settings, least validation loss, forecast error on validation series, FLOPs.
+
+    Parameters
+    ----------
+    kind : str
+        ``sweep``, or ``ablation`` for the changes to the final setting.
+    """
     rows = []
-    for path in sorted(Path(output_dir).glob("sweep/*/history.csv")):
+    for path in sorted(Path(output_dir).glob(f"{kind}/*/history.csv")):
         settings, history = read_json(path.with_name("config.json"))["settings"], pd.read_csv(path)
         names = ("learning_rate", "lora_r", "max_length", "precision", "seed", "max_steps")
-        row = {"run": f"sweep/{path.parent.name}"} | {name: settings[name] for name in names}
+        row = {"run": f"{kind}/{path.parent.name}"} | {name: settings[name] for name in names}
         row |= {"val_loss": history["val_loss"].min(), "flops": int(history["flops"].iloc[-1])}
         metrics = path.with_name(METRICS_NAME)
         for result in read_json(metrics) if metrics.is_file() else []:

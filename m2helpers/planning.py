@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -14,10 +14,11 @@ from .data import Dataset
 from .evaluation import P5_CONTEXTS, PROTOCOLS, make_cases
 from .files import UserError
 from .flops import CAP
-from .settings import STAGES, TrainSettings
+from .settings import EVERY_LINEAR, STAGES, TrainSettings
 from .text import Codec, fit_scale
 
 SWEEPS = ("grid", "context", "precision")
+ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
 FINAL_STAGES = ("final", "extended")
 STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
 
@@ -27,13 +28,17 @@ class PlannedRun:
     """One fine-tuning run of a plan."""
 
     stage: str
-    """One of `STAGE_ORDER`, but for ``untrained``."""
+    """One of `STAGE_ORDER`, but for ``untrained``, or `ABLATION`."""
     settings: TrainSettings
+    changed: str = ""
+    """What an ablation changes, in words."""
 
     @property
     def name(self) -> str:
         """Of its folder. Two places of a plan that ask for the same sweep run share one."""
         s = self.settings
+        if self.stage == ABLATION:
+            return f"{ABLATION}/{self.changed.replace(' ', '-')}"
         if self.stage not in SWEEPS:
             return f"{self.stage}-seed{s.seed}" if s.seed else self.stage
         return f"sweep/lr{s.learning_rate:g}-r{s.lora_r}-n{s.max_length}-p{s.precision}-seed{s.seed}"
@@ -55,6 +60,8 @@ class Plan:
     sweep_steps: int = 500
     extended: TrainSettings | None = None
     """A last run that goes beyond the published setting of the final one, where there is to be one."""
+    ablations: Mapping[str, Mapping] = field(default_factory=dict)
+    """Changes to the final setting, in words and as settings, each tried in a run of `sweep_steps` steps."""
     seeds: int = 1
     """Of the long runs at the end, counted from the one that stands in their settings."""
     measured: tuple[str, ...] = ("untrained", "initial", *FINAL_STAGES)
@@ -78,6 +85,8 @@ class Plan:
             if settings is not None:
                 more = range(settings.seed, settings.seed + self.seeds)
                 runs += [PlannedRun(stage, replace(settings, seed=seed)) for seed in more]
+        brief = replace(self.final, max_steps=self.sweep_steps)
+        runs += [PlannedRun(ABLATION, replace(brief, **change), words) for words, change in self.ablations.items()]
         once: dict[str, PlannedRun] = {}
         for run in runs:
             if run.stage in stages:
@@ -112,6 +121,17 @@ def _widen(values: tuple, best: float) -> tuple:
     return values
 
 
+ABLATIONS = {
+    "published setting": {},
+    "every linear layer": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3),
+    "every linear layer rank 16": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3, lora_r=16, lora_alpha=32),
+    "rescaled series": dict(rescale=0.7),
+    "windows anywhere": dict(random_start=1),
+    "no dropout": dict(lora_dropout=0.0),
+    "averaged weights": dict(average=0.98),
+    "half the learning rate": dict(learning_rate=STAGES["final"].learning_rate / 2),
+    "three decimals": dict(precision=3),
+}
 _QWEN = TrainSettings(lora_r=4, learning_rate=1e-4, max_length=512, max_steps=1000)
 PLANS = {
     "embedded": Plan(
@@ -119,7 +139,8 @@ PLANS = {
         STAGES["final"],
         extended=STAGES["extended"],
         learning_rates=(2.5e-3, 5e-3, 1e-2),
-        sweep_steps=250,
+        sweep_steps=200,
+        ablations=ABLATIONS,
     ),
     "qwen2.5-0.5b": Plan(  # as published
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)

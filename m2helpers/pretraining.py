@@ -32,7 +32,7 @@ from .muon import Muon
 from .signals import Stopped, stop_on_signal
 from .state import delete_state, has_state, load_state, save_state
 from .synthetic import draw_texts
-from .text import left_pad, tokenise
+from .text import right_pad, tokenise
 
 BLOCK = 256  # steps whose texts are drawn together: the integrators work on many systems at once
 VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
@@ -267,14 +267,14 @@ def _batch(settings: PretrainSettings, step: int, tokenizer) -> tuple[np.ndarray
     """Ids and mask of a training step, each (batch, at most max_length)."""
     first = step % BLOCK * settings.batch_size
     texts = _block(settings, step // BLOCK)[first : first + settings.batch_size]
-    return left_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
+    return right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
 
 
 def _loss(model, batch: tuple[np.ndarray, np.ndarray], device) -> torch.Tensor:
     ids, mask = (torch.from_numpy(a).to(device) for a in batch)  # (batch, length)
     with attend_lean(model):
-        logits = model(input_ids=ids, attention_mask=None if mask.all() else mask).logits  # (batch, length, vocab)
-    labels = ids[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+        logits = model(input_ids=ids, use_cache=False).logits  # (batch, length, vocab)
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
 
 
@@ -287,7 +287,7 @@ def _validate(model, tokenizer, settings: PretrainSettings, device) -> dict[str,
         texts = draw_texts(
             [VALIDATION_SEED, number], settings.batch_size, settings.max_length, family=name, precision=2
         )
-        losses[name] = _loss(model, left_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id), device).item()
+        losses[name] = _loss(model, right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id), device).item()
     model.train(was_training)
     return losses
 

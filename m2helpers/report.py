@@ -14,11 +14,10 @@ import pandas as pd
 
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
-from .experiments import sweep_table
 from .files import UserError, checkpoint_folder, read_json, write_text
+from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .flops import CAP
 from .models import EMBEDDED, default_model
-from .planning import FINAL_STAGES
 from .text import Codec, fit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +174,7 @@ def published_table() -> pd.DataFrame:
 def headline_table(base: str = "embedded") -> str:
     """The front page's table in Markdown: P5 error by stage and context, ours with intervals beside the published."""
     ours, baselines = stage_results(base), baseline_results()
-    lines = _header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
+    lines = markdown_header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage, rows in ours.items():
         cells = [f"**{row.mae:.4f}** ({row.ci_mae[0]:.4f}–{row.ci_mae[1]:.4f})" for row in rows]
         lines.append(f"| {base} base, {stage} | {' | '.join(cells)} |")
@@ -200,35 +199,6 @@ def headline_table(base: str = "embedded") -> str:
     return "\n".join(lines)
 
 
-def seeds_table(base: str = "embedded") -> str:
-    """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
-    lines = _header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
-    for stage in FINAL_STAGES:
-        paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
-        paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
-        runs = [{r.context: r.mae for r in from_json(read_json(path)) if r.protocol == "P5"} for path in paths]
-        cells = []
-        for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
-            cells.append(f"{np.mean(errors):.4f} ({min(errors):.4f}–{max(errors):.4f})")
-        if cells:
-            lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def sweeps_table(base: str = "embedded") -> str:
-    """Every run of the sweeps in Markdown, the least validation loss first."""
-    table = sweep_table(checkpoint_folder(base))
-    if table.empty:
-        return "No sweep has been recorded for this base."
-    errors = [column for column in table if column.startswith("MAE")]
-    names = ["learning_rate", "lora_r", "max_length", "precision", "max_steps", "val_loss", *errors]
-    lines = _header(*(name.replace("_", " ") for name in names))
-    for _, row in table.sort_values("val_loss").iterrows():
-        cells = [f"{row[name]:.4f}" if name == "val_loss" or name in errors else f"{row[name]:g}" for name in names]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def spending_table(base: str = "embedded") -> str:
     """What the committed ledger of a base holds in Markdown, by stage and kind."""
     path = checkpoint_folder(base) / "ledger.csv"
@@ -236,7 +206,7 @@ def spending_table(base: str = "embedded") -> str:
         return "No ledger has been recorded for this base."
     spent = pd.read_csv(path).pivot_table("flops", "stage", "kind", "sum", fill_value=0, sort=False)
     kinds = list(spent)
-    lines = _header("stage", *kinds, "together", f"share of {CAP:.0e}")
+    lines = markdown_header("stage", *kinds, "together", f"share of {CAP:.0e}")
     for stage, row in [*spent.iterrows(), ("**all**", spent.sum())]:
         cells = [f"{value:.3g}" for value in [*row, row.sum()]]
         lines.append(f"| {stage} | {' | '.join(cells)} | {row.sum() / CAP:.4%} |")
@@ -247,7 +217,7 @@ def costs_table() -> str:
     """Time and memory of each notebook in Markdown, from the record that refreshing them writes."""
     path = ROOT / "docs" / "notebook_costs.json"
     rows = read_json(path)["notebooks"] if path.is_file() else []
-    lines = _header("notebook", "time (s)", "peak memory (MB)")
+    lines = markdown_header("notebook", "time (s)", "peak memory (MB)")
     lines += [f"| {row['notebook']} | {row['seconds']:.0f} | {row['peak_memory_mb']:.0f} |" for row in rows]
     return "\n".join(lines)
 
@@ -262,7 +232,7 @@ def benchmarks_table() -> str:
     parts = []
     for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:
         shown = [key for key in names if key in entry["rows"][0]]
-        lines = _header(*(names[key] for key in shown))
+        lines = markdown_header(*(names[key] for key in shown))
         for row in entry["rows"]:
             cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
             lines.append(f"| {' | '.join(cells)} |")
@@ -279,6 +249,8 @@ def blocks() -> dict[str, str]:
         "results": headline_table(),
         "seeds": seeds_table(),
         "sweeps": sweeps_table(),
+        "ablations": ablations_table(),
+        "advice": advice(),
         "spending": spending_table(),
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
@@ -321,11 +293,6 @@ def fill_pages() -> list[Path]:
             write_text(page, after)
             changed.append(page)
     return changed
-
-
-def _header(*names: str) -> list[str]:
-    """The first two lines of a table in Markdown."""
-    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
 def _interval(result: Result) -> str:

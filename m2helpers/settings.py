@@ -54,9 +54,10 @@ class TrainSettings(LoraSettings):
     """Each time a training series is read, its values are multiplied by e^U(−rescale, rescale)."""
     random_start: int = 0
     """1: training windows begin anywhere in their series; 0: at multiples of `max_length`."""
+    average: float = 0.0
+    """Decay, a step, of a running average of the weights, which is validated and kept in their place; 0: none."""
     numeric_head: int = 0
     """1: only the characters of numeric text are scored, in training and validation; 0: the whole vocabulary."""
-
     gradient_checkpointing: int = 0
     """1: activations inside the layers are computed again for the backward pass, not kept: less memory, more time."""
 
@@ -70,7 +71,7 @@ class TrainSettings(LoraSettings):
         for name in ("random_start", "numeric_head", "gradient_checkpointing"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"{name} {getattr(self, name)}: give 0 or 1")
-        for name in ("warmup_ratio", "lora_dropout"):
+        for name in ("warmup_ratio", "lora_dropout", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
         if not 0 < self.learning_rate < 1:
@@ -93,13 +94,15 @@ class TrainSettings(LoraSettings):
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=5e-3, max_length=512, max_steps=1000),
     "final": TrainSettings(lora_r=8, learning_rate=5e-3, max_length=768, max_steps=2000),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=EVERY_LINEAR,
         learning_rate=2e-3,
         max_length=768,
         max_steps=2000,

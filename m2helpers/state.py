@@ -20,7 +20,7 @@ from .files import UserError, atomic_path
 
 STATE_NAME = "state.safetensors"
 PREVIOUS_NAME = "state.previous.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW, and of Muon
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "average")  # of AdamW, of Muon, and of the weights
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -230,3 +230,9 @@ def left_pad(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, 
         input_ids[row, longest - len(sequence) :] = sequence
         attention_mask[row, longest - len(sequence) :] = 1
     return input_ids, attention_mask
+
+
+def right_pad(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """`left_pad` the other way round, so that all begin together: for training, where no token sees what comes after it."""
+    ids, mask = left_pad([s[::-1] for s in sequences], pad_id)
+    return ids[:, ::-1].copy(), mask[:, ::-1].copy()

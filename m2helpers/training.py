@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
 from .signals import Stopped, stop_on_signal
 from .state import load_state, save_state
-from .text import Codec, fit_scale, left_pad, numeric_tokens, tokenise, windows
+from .text import Codec, fit_scale, numeric_tokens, right_pad, tokenise, windows
 from .tracking import tracked
 
 
@@ -205,6 +206,10 @@ class Training:
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if settings.average:
+            for p in self.parameters.values():  # kept beside the moments, to be saved with them
+                average = self.optimizer.state[p].setdefault("average", p.detach().clone())
+                average.lerp_(p.detach(), 1 - settings.average)
         spent = self.step_cost(shape)
         self.record |= {"step": step + 1, "due": settings.validates(step + 1)}
         self.record["losses"].append(loss.item())
@@ -230,7 +235,10 @@ class Training:
     def validate(self, asked_to_stop: Callable[[], bool]) -> Cost:
         """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""
         record = self.record
-        loss, spent = _validate(self.base, self.settings, self.validation, self.cost, asked_to_stop, self.characters)
+        with self._averaged() as weights:
+            loss, spent = _validate(
+                self.base, self.settings, self.validation, self.cost, asked_to_stop, self.characters
+            )
         if loss is None:
             return spent
         record["flops"] += spent.flops
@@ -240,8 +248,20 @@ class Training:
         record |= {"losses": [], "due": False}
         if record["best"] is None or loss < record["best"]:
             record["best"] = loss
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best = weights
         return spent
+
+    @contextmanager
+    def _averaged(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The weights to be judged, by name: inside, they stand in the model in place of those that are trained."""
+        own = {name: p.data for name, p in self.parameters.items()}
+        for p in self.parameters.values():
+            p.data = self.optimizer.state.get(p, {}).get("average", p.data).clone()
+        try:
+            yield {name: p.data for name, p in self.parameters.items()}
+        finally:
+            for name, p in self.parameters.items():
+                p.data = own[name]
 
 
 def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
@@ -274,13 +294,10 @@ def _loss(
     base: Base, batch: Sequence[np.ndarray], characters: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """Mean cross-entropy over the tokens of a batch, padding left out, and the batch's shape."""
-    ids, mask = (torch.from_numpy(a).to(base.model.device) for a in left_pad(batch, base.pad_id))  # (batch, length)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
-    attention = None if bool(mask.all()) else mask
-    hidden = base.model.base_model(
-        input_ids=ids, attention_mask=attention, position_ids=positions
-    ).last_hidden_state  # (batch, length, hidden)
-    scored = (mask[:, :-1] == 1) & (mask[:, 1:] == 1)  # a prediction needs a real token before it and one to be
+    ids, mask = (torch.from_numpy(a).to(base.model.device) for a in right_pad(batch, base.pad_id))  # (batch, length)
+    # Padding comes after all that is scored, and a causal model never looks ahead: it needs no mask.
+    hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (batch, length, hidden)
+    scored = mask[:, 1:] == 1
     loss = head_loss(hidden[:, :-1][scored], base.model.get_output_embeddings(), ids[:, 1:][scored], characters)
     return loss, tuple(ids.shape)
 

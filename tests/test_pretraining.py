@@ -19,7 +19,7 @@ from m2helpers.flops import forward_account
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
 from m2helpers.pretraining import PretrainSettings, mixture_loss, pretrain
 from m2helpers.signals import Stopped
-from m2helpers.text import left_pad, tokenise
+from m2helpers.text import right_pad, tokenise
 
 TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 QUICK = PretrainSettings(
@@ -161,8 +161,8 @@ def test_padding_changes_no_loss():
     model = Qwen2ForCausalLM(embedded_config(**TINY, initializer_range=0.3)).eval()
     ids = tokenise(["1.16,1.27;0.90,0.95;", "0.5;", "12;7;"], embedded_tokenizer())
     with torch.no_grad():
-        together = pretraining._loss(model, left_pad(ids, 256), "cpu").item()
-        apart = [pretraining._loss(model, left_pad([row], 256), "cpu").item() for row in ids]
+        together = pretraining._loss(model, right_pad(ids, 256), "cpu").item()
+        apart = [pretraining._loss(model, right_pad([row], 256), "cpu").item() for row in ids]
     assert together == pytest.approx(np.average(apart, weights=[len(row) - 1 for row in ids]), rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from m2helpers.files import UserError
 from m2helpers.models import embedded_tokenizer
-from m2helpers.text import Codec, fit_scale, left_pad, tokenise, windows
+from m2helpers.text import Codec, fit_scale, left_pad, right_pad, tokenise, windows
 
 NUMERIC = st.text(alphabet="0123456789.-,;", max_size=60)
 
@@ -258,6 +258,12 @@ def test_windows_cover_every_token_and_none_repeats_the_last(n, length, stride):
     for (start, stop), (later, end) in pairwise(spans):
         assert later == start + stride and later <= stop < end  # no gap, and something new
     assert all(0 < stop - start <= length for start, stop in spans)
+
+
+def test_right_padding():
+    ids, mask = right_pad([np.array([1, 2, 3]), np.array([4])], 9)
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_left_padding():

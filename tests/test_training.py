@@ -106,6 +106,45 @@ def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_b
     assert result.model.lm_head.bias.any() and all(x.lora_B.weight.any() for _, x in lora_layers(result.model))
 
 
+def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_path, monkeypatch):
+    """Worked out again from the weights after every step; a stop in between changes nothing."""
+    trained, judged = {0: [], 0.5: []}, []
+
+    def validate(base, *_):
+        judged.append(_weights(base.model))
+        return 1 / len(judged), Cost()
+
+    def step(work):
+        spent = one(work)
+        trained[work.settings.average].append({name: p.detach().clone() for name, p in work.parameters.items()})
+        return spent
+
+    one = training.Training.step
+    monkeypatch.setattr(training, "_validate", validate)
+    monkeypatch.setattr(training.Training, "step", step)
+    train()
+    judged.clear()
+    averaged = replace(QUICK, average=0.5)
+    kept = train(averaged)
+    assert all(map(_same, trained[0], trained[0.5]))  # the average follows, and does not lead
+    expected = trained[0.5][0]
+    for weights in trained[0.5][1:]:
+        expected = {name: 0.5 * expected[name] + 0.5 * p for name, p in weights.items()}
+    for name, p in _weights(kept.model).items():
+        torch.testing.assert_close(p, expected[name])
+    assert _same(judged[-1], _weights(kept.model))
+
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    save = training.save_state
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_state", stop)
+        train(averaged, tmp_path)
+    assert _same(_weights(train(averaged, tmp_path, resume=True).model), _weights(kept.model))
+
+
 # ---------------------------------------------------------------- stopping and resuming
 
 

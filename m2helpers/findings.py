@@ -1,0 +1,145 @@
+"""What the records of the sweeps, the ablations and the seeds say: tables, and advice whose every figure is read from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from .evaluation import P5_CONTEXTS, from_json
+from .experiments import sweep_table
+from .files import checkpoint_folder, read_json
+from .planning import ABLATION, FINAL_STAGES, PLANS, Plan
+
+AS_PUBLISHED = "published setting"  # the ablation that changes nothing
+
+
+def markdown_header(*names: str) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+
+
+def seeds_table(base: str = "embedded") -> str:
+    """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
+    lines = markdown_header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
+    for stage in FINAL_STAGES:
+        paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
+        paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
+        runs = [{r.context: r.mae for r in from_json(read_json(path)) if r.protocol == "P5"} for path in paths]
+        cells = []
+        for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
+            cells.append(f"{np.mean(errors):.4f} ({min(errors):.4f}–{max(errors):.4f})")
+        if cells:
+            lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sweeps_table(base: str = "embedded") -> str:
+    """Every run of the sweeps in Markdown, the least validation loss first."""
+    table = sweep_table(checkpoint_folder(base))
+    if table.empty:
+        return "No sweep has been recorded for this base."
+    names = ["learning_rate", "lora_r", "max_length", "precision", "max_steps", "val_loss", *_errors(table)]
+    return _rows(table.sort_values("val_loss"), names)
+
+
+def ablations_table(base: str = "embedded") -> str:
+    """Every change to the final setting in Markdown: its losses and errors beside those of the published setting."""
+    table = sweep_table(checkpoint_folder(base), ABLATION)
+    if table.empty:
+        return "No ablation has been recorded for this base."
+    table["change"] = table["run"].map(_in_words)
+    return _rows(table.sort_values("val_loss"), ["change", "max_steps", "val_loss", *_errors(table), "flops"])
+
+
+def grid_losses(base: str = "embedded") -> pd.DataFrame:
+    """Least validation loss of the grid's runs: one row a rank, one column a learning rate, NaN where there was none."""
+    plan, table = plan_of(base), sweep_table(checkpoint_folder(base))
+    if table.empty:
+        return table
+    grid = table[(table["max_length"] == plan.initial.max_length) & (table["precision"] == plan.initial.precision)]
+    return grid.pivot_table("val_loss", "lora_r", "learning_rate").sort_index(ascending=False)
+
+
+def plan_of(base: str) -> Plan:
+    """The plan that belongs to a base."""
+    return PLANS["embedded" if base == "embedded" else "qwen2.5-0.5b"]
+
+
+def advice(base: str = "embedded") -> str:
+    """Recommendations for a tight budget in Markdown, as far as there are records to tie them to."""
+    folder, plan, grid = checkpoint_folder(base), plan_of(base), grid_losses(base)
+    if grid.empty:
+        return "No sweep has been recorded for this base."
+    ranked = grid.drop(index=0, errors="ignore")
+    rank, rate = ranked.stack().idxmin()
+    best, control = ranked.loc[rank, rate], grid.loc[0].min() if 0 in grid.index else np.nan
+    by_rate, by_rank = ranked.min(), ranked.min(axis=1)
+    points = [
+        f"**The learning rate first.** Over the rates tried, the best run of each spans {by_rate.min():.4f} to {by_rate.max():.4f} in "
+        f"validation loss (best: {rate:g}{_edge(rate, list(ranked))}); over the ranks, {by_rank.min():.4f} to {by_rank.max():.4f} (best: {rank})."
+    ]
+    if control == control:
+        points.append(
+            f"**The head bias alone is not enough.** Rank 0 stops at {control:.4f}, rank {rank} comes to {best:.4f} in as many steps."
+        )
+    table = sweep_table(folder).set_index("run")
+    runs = {
+        run.settings.max_length: table.loc[run.name] for run in plan.runs_of(["context"]) if run.name in table.index
+    }
+    error = f"MAE, S = {P5_CONTEXTS[-1]}"
+    if len(runs) > 1 and error in table:
+        tried = "; ".join(
+            f"{n} tokens, {row[error]:.4f} for {row['flops']:.2g} FLOPs" for n, row in sorted(runs.items())
+        )
+        points.append(
+            f"**Windows as long as the contexts to come.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}."
+        )
+    changes = sweep_table(folder, ABLATION)
+    if not changes.empty:
+        changes = changes.assign(change=changes["run"].map(_in_words)).set_index("change")
+        changes = changes[changes["precision"] == plan.final.precision]  # other texts have other losses
+        if AS_PUBLISHED in changes.index:
+            reference = changes.loc[AS_PUBLISHED]
+            said = [
+                f"{words} {row['val_loss'] - reference['val_loss']:+.4f} (FLOPs ×{row['flops'] / reference['flops']:.2f})"
+                for words, row in changes.drop(index=AS_PUBLISHED).sort_values("val_loss").iterrows()
+            ]
+            points.append(
+                f"**What else is worth its price**, as change of the validation loss against the published setting ({reference['val_loss']:.4f}) "
+                f"after {reference['max_steps']:g} steps: {'; '.join(said)}."
+            )
+    history = folder / "final" / "history.csv"
+    if history.is_file():
+        final = pd.read_csv(history)
+        half = final[final["step"] <= final["step"].iloc[-1] / 2]
+        points.append(
+            f"**Stop early if you must.** Half of the final run's steps bring the validation loss to {half['val_loss'].min():.4f}, "
+            f"all of them to {final['val_loss'].min():.4f}."
+        )
+    return "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))
+
+
+def _edge(value: float, values: list) -> str:
+    return ", on the edge of the grid" if value in (min(values), max(values)) else ""
+
+
+def _in_words(run: str) -> str:
+    return run.removeprefix(f"{ABLATION}/").replace("-", " ")
+
+
+def _errors(table: pd.DataFrame) -> list[str]:
+    return [column for column in table if column.startswith("MAE")]
+
+
+def _rows(table: pd.DataFrame, names: list[str]) -> str:
+    """Some columns of a table in Markdown, losses and errors to four places."""
+    lines = markdown_header(*(name.replace("_", " ") for name in names))
+    for row in table[names].to_dict("records"):
+        lines.append(f"| {' | '.join(_cell(name, value) for name, value in row.items())} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.4f}" if name == "val_loss" or name.startswith("MAE") else f"{value:.4g}"
