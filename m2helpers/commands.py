@@ -66,9 +66,10 @@ def experiments(options) -> None:
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
     plan = replace(find_plan(name), seeds=options.seeds)
     run_plan(plan, options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
-    table = sweep_table(folder)
-    if len(table):
-        print(table.to_string(index=False, float_format="{:.4g}".format))
+    for kind in ("sweep", "ablation"):
+        table = sweep_table(folder, kind)
+        if len(table):
+            print(table.to_string(index=False, float_format="{:.4g}".format))
     print(f"{folder}: done")
 
 

@@ -182,6 +182,16 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
     ax.set(xlabel="step", ylabel="loss (nats a token)")
 
 
+def plot_grid(ax: Axes, losses: pd.DataFrame) -> None:
+    """Heat map of validation losses, ranks × learning rates; a value that was not tried is left blank."""
+    sns.heatmap(
+        losses, ax=ax, annot=True, fmt=".3f", cmap="viridis_r", cbar_kws={"label": "validation loss\n(nats a token)"}
+    )
+    ax.set(xlabel="learning rate", ylabel="rank")
+    ax.set_xticklabels([f"{rate:g}" for rate in losses.columns])
+    ax.tick_params(axis="y", rotation=0)
+
+
 def bar_shares(ax: Axes, amounts: Mapping[str, float], unit: str) -> None:
     """Horizontal bars, largest on top, each labelled with its share of the whole."""
     ordered = sorted(amounts.items(), key=lambda item: item[1])
