@@ -94,3 +94,21 @@ def test_a_model_attends_by_groups_inside_and_as_before_outside(tiny_base, monke
     model.set_attn_implementation("eager")  # what counts FLOPs
     with attend_lean(model):
         assert model.config._attn_implementation == "eager"
+
+
+def test_a_bfloat16_model_trains_and_reads_prompts_by_blocks(tiny_base, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    blocks, wanted = [], attention._probabilities
+    monkeypatch.setattr(attention, "_probabilities", lambda q, *a: blocks.append(q.shape) or wanted(q, *a))
+    model = tiny_base().model.bfloat16().train()
+    ids = torch.randint(11, 27, (2, 6), generator=torch.Generator().manual_seed(4))
+    expected = model(ids, labels=ids).loss
+    assert not blocks
+    with attend_lean(model):
+        loss = model(ids, labels=ids).loss
+        forward = len(blocks)
+        assert forward == 2 * len(model.model.layers) and blocks[:2] == [(4, 2, 4, 8), (4, 2, 2, 8)]
+        loss.backward()
+    assert len(blocks) == 2 * forward  # computed again, not kept
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0.01)
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "proj" in n)
