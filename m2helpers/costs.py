@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .architecture import is_qwen2
 from .flops import CONVENTIONS, forward_account, generation_flops
+from .settings import TrainSettings
+from .text import Codec
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ def training_cost(
         return account.training + gradient_checkpointing * account.blocks
 
     return Cost(batch_size * length, *_by_convention(config, price))
+
+
+BatchCost = Callable[[tuple[int, int]], Cost]
+"""Shape of a batch, (rows, length) → what it costs."""
+
+
+def batch_costs(config: object, settings: TrainSettings) -> tuple[BatchCost, BatchCost]:
+    """What a training step of a run and a pass of its validation cost; each shape is worked out once."""
+    how = dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
+    how["vocabulary"] = len(Codec(1.0).alphabet) if settings.numeric_head else None
+    checkpointing = bool(settings.gradient_checkpointing)
+    step = lru_cache(None)(lambda shape: training_cost(config, *shape, gradient_checkpointing=checkpointing, **how))
+    return step, lru_cache(None)(lambda shape: forward_cost(config, *shape, loss=True, **how))
 
 
 def generation_cost(config: object, batch_size: int, prompt: int, new_tokens: int, **settings: object) -> Cost:

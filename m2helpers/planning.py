@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from .costs import Cost, forward_cost, generation_cost, training_cost
+from .costs import Cost, batch_costs, generation_cost
 from .data import Dataset
 from .evaluation import P5_CONTEXTS, PROTOCOLS, make_cases
 from .files import UserError
@@ -180,14 +180,11 @@ def table_cost(config: object, sizes: Mapping[tuple[int, int], int]) -> Cost:
 
 def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     """What a run costs at most, every window as long as the longest: training, and its validations."""
-    adapted = dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
-    adapted["vocabulary"] = len(Codec(1.0).alphabet) if settings.numeric_head else None
     shape = (settings.batch_size, settings.max_length)
-    step = training_cost(config, *shape, gradient_checkpointing=bool(settings.gradient_checkpointing), **adapted)
-    validation = forward_cost(config, *shape, loss=True, **adapted)
+    step, validation = batch_costs(config, settings)
     validations = settings.validations(0, settings.max_steps)
     batches = math.ceil(settings.eval_windows / settings.batch_size)
-    return step * settings.max_steps, validation * (validations * batches)
+    return step(shape) * settings.max_steps, validation(shape) * (validations * batches)
 
 
 def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:

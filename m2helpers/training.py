@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .activations import lean_activations
 from .attention import attend_lean
-from .costs import Cost, forward_cost, training_cost
+from .costs import BatchCost, Cost, batch_costs
 from .data import Dataset
 from .files import UserError, write_json
 from .ledger import Spender
@@ -170,10 +170,8 @@ class Training:
             if settings.numeric_head
             else None
         )
-        self.cost = _cost(forward_cost, base, settings, self.characters, loss=True)
-        checkpointing = bool(settings.gradient_checkpointing)
-        self.step_cost = _cost(training_cost, base, settings, self.characters, gradient_checkpointing=checkpointing)
-        if checkpointing:
+        self.step_cost, self.cost = batch_costs(base.model.config, settings)
+        if settings.gradient_checkpointing:
             # The re-entrant kind would want embeddings that learn.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -267,7 +265,7 @@ class Training:
 def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
     """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
     settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
-    cost = _cost(forward_cost, base, settings, loss=True)
+    _, cost = batch_costs(base.model.config, settings)
     with base.ledger.reserve(base.spender, validate=_validation_at_most(parts, settings, cost)) as bill:
         loss, spent = _validate(base, settings, parts, cost)
         bill.add("validate", spent)
@@ -302,9 +300,7 @@ def _loss(
     return loss, tuple(ids.shape)
 
 
-def _validation_at_most(
-    validation: Sequence[np.ndarray], settings: TrainSettings, cost: Callable[[tuple[int, int]], Cost]
-) -> Cost:
+def _validation_at_most(validation: Sequence[np.ndarray], settings: TrainSettings, cost: BatchCost) -> Cost:
     """What one validation can cost: every batch full, and as long as its longest window."""
     longest = max(map(len, validation))
     return cost((settings.batch_size, longest)) * math.ceil(len(validation) / settings.batch_size)
@@ -315,7 +311,7 @@ def _validate(
     base: Base,
     settings: TrainSettings,
     validation: list[np.ndarray],
-    cost: Callable[[tuple[int, int]], Cost],
+    cost: BatchCost,
     asked_to_stop: Callable[[], bool] = lambda: False,
     characters: torch.Tensor | None = None,
 ) -> tuple[float | None, Cost]:
@@ -333,12 +329,3 @@ def _validate(
         total, count = total + loss.item() * n, count + n
         spent += cost(shape)
     return total / count, spent
-
-
-def _cost(
-    price: Callable[..., Cost], base: Base, settings: TrainSettings, characters: torch.Tensor | None = None, **options
-) -> Callable[[tuple[int, int]], Cost]:
-    """What a pass over a batch of some shape costs; remembers each, for as long as the run lasts."""
-    adapted = {"lora_r": settings.lora_r, "target_modules": settings.target_modules}
-    adapted["vocabulary"] = None if characters is None else len(characters)
-    return lru_cache(None)(lambda shape: price(base.model.config, *shape, **options, **adapted))
