@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -62,7 +64,7 @@ def experiments(options) -> None:
     from .planning import find_plan
 
     name = options.plan or ("embedded" if options.model == "embedded" else "qwen2.5-0.5b")
-    folder = options.output_dir or checkpoint_folder(options.model)
+    folder = options.output_dir or Path(os.path.relpath(checkpoint_folder(options.model)))  # records hold it
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
     plan = replace(find_plan(name), seeds=options.seeds)
     run_plan(plan, options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
