@@ -105,7 +105,7 @@ STAGES = {
         target_modules=EVERY_LINEAR,
         learning_rate=2e-3,
         max_length=768,
-        max_steps=2000,
+        max_steps=1200,
         rescale=0.7,
     ),
 }
