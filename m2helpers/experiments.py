@@ -36,7 +36,7 @@ def run_plan(
     """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
 
     A finished run with the same settings, data and base is kept. The grid grows by one value past an edge that its best run
-    lies on, at most twice. Long runs that adapt the grid's layers take the learning rate that was best there by validation
+    lies on, at most twice. Long runs that adapt the grid's layers take a learning rate that follows from the best there by validation
     loss. Runs of the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
 
     Parameters

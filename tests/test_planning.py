@@ -90,12 +90,12 @@ def test_the_presets():
         find_plan("mine")
 
 
-def test_long_runs_have_seeds_and_the_best_rate_of_the_grid():
+def test_long_runs_have_seeds_and_a_rate_that_follows_from_the_grid():
     plan = replace(PLANS["embedded"], seeds=3).tuned(replace(SETTINGS, learning_rate=0.123))
     runs = plan.runs_of(["final", "extended"])
     assert [run.name for run in runs[:4]] == ["final", "final-seed1", "final-seed2", "extended"] and len(runs) == 6
     assert [run.settings.seed for run in runs] == [0, 1, 2] * 2
-    assert {run.settings.learning_rate for run in runs[:3]} == {0.123}
+    assert {run.settings.learning_rate for run in runs[:3]} == {0.123 * PLANS["embedded"].long_rate}
     assert plan.extended.target_modules != plan.final.target_modules  # the grid says nothing about these layers
     assert {run.settings.learning_rate for run in runs[3:]} == {PLANS["embedded"].extended.learning_rate}
 
