@@ -188,6 +188,7 @@ def plot_grid(ax: Axes, losses: pd.DataFrame) -> None:
         losses, ax=ax, annot=True, fmt=".3f", cmap="viridis_r", cbar_kws={"label": "validation loss\n(nats a token)"}
     )
     ax.set(xlabel="learning rate", ylabel="rank")
+    ax.grid(False)
     ax.set_xticklabels([f"{rate:g}" for rate in losses.columns])
     ax.tick_params(axis="y", rotation=0)
 
