@@ -75,7 +75,7 @@ def advice(base: str = "embedded") -> str:
     best, control = ranked.loc[rank, rate], grid.loc[0].min() if 0 in grid.index else np.nan
     by_rate, by_rank = ranked.min(), ranked.min(axis=1)
     points = [
-        f"**The learning rate first.** Over the rates tried, the best run of each spans {by_rate.min():.4f} to {by_rate.max():.4f} in "
+        f"**Learning rate and rank.** Over the rates tried, the best run of each spans {by_rate.min():.4f} to {by_rate.max():.4f} in "
         f"validation loss (best: {rate:g}{_edge(rate, list(ranked))}); over the ranks, {by_rank.min():.4f} to {by_rank.max():.4f} (best: {rank})."
     ]
     if control == control:
