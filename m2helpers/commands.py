@@ -61,12 +61,12 @@ def train(options) -> None:
 
 def experiments(options) -> None:
     from .experiments import run_plan, sweep_table
-    from .planning import find_plan
+    from .planning import find_plan, plan_of
 
-    name = options.plan or ("embedded" if options.model == "embedded" else "qwen2.5-0.5b")
     folder = options.output_dir or Path(os.path.relpath(checkpoint_folder(options.model)))  # records hold it
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
-    plan = replace(find_plan(name), seeds=options.seeds)
+    plan = find_plan(options.plan) if options.plan else plan_of(options.model)
+    plan = replace(plan, seeds=options.seeds)
     run_plan(plan, options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
     for kind in ("sweep", "ablation"):
         table = sweep_table(folder, kind)

@@ -8,9 +8,7 @@ import pandas as pd
 from .evaluation import P5_CONTEXTS, from_json
 from .experiments import sweep_table
 from .files import checkpoint_folder, read_json
-from .planning import ABLATION, FINAL_STAGES, PLANS, Plan
-
-AS_PUBLISHED = "published setting"  # the ablation that changes nothing
+from .planning import ABLATION, AS_PUBLISHED, FINAL_STAGES, plan_of
 
 
 def markdown_header(*names: str) -> list[str]:
@@ -58,11 +56,6 @@ def grid_losses(base: str = "embedded") -> pd.DataFrame:
         return table
     grid = table[(table["max_length"] == plan.initial.max_length) & (table["precision"] == plan.initial.precision)]
     return grid.pivot_table("val_loss", "lora_r", "learning_rate").sort_index(ascending=False)
-
-
-def plan_of(base: str) -> Plan:
-    """The plan that belongs to a base."""
-    return PLANS["embedded" if base == "embedded" else "qwen2.5-0.5b"]
 
 
 def advice(base: str = "embedded") -> str:

@@ -123,8 +123,9 @@ def _widen(values: tuple, best: float) -> tuple:
     return values
 
 
+AS_PUBLISHED = "published setting"  # the ablation that changes nothing: what the others are compared with
 ABLATIONS = {
-    "published setting": {},
+    AS_PUBLISHED: {},
     "every linear layer": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3),
     "every linear layer rank 16": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3, lora_r=16, lora_alpha=32),
     "rescaled series": dict(rescale=0.7),
@@ -149,6 +150,11 @@ PLANS = {
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)
     ),
 }
+
+
+def plan_of(base: str) -> Plan:
+    """The plan that belongs to a base: the embedded one has its own, any other the published."""
+    return PLANS["embedded" if base == "embedded" else "qwen2.5-0.5b"]
 
 
 def find_plan(name: str) -> Plan:

@@ -74,6 +74,23 @@ def stop_in_step_six(train, monkeypatch):
     return stopped
 
 
+@pytest.fixture
+def stop_after_a_save(train, monkeypatch):
+    """Trains into a folder and is interrupted right after the first save."""
+
+    def stopped(folder, settings=QUICK):
+        def stop(*args):
+            save(*args)
+            raise KeyboardInterrupt
+
+        save = training.save_state
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "save_state", stop)
+            train(settings, folder)
+
+    return stopped
+
+
 @pytest.fixture(scope="module")
 def run(tiny_folder, small_data, tmp_path_factory):
     """A finished run: its folder and its result."""
@@ -106,7 +123,7 @@ def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_b
     assert result.model.lm_head.bias.any() and all(x.lora_B.weight.any() for _, x in lora_layers(result.model))
 
 
-def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_path, monkeypatch):
+def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_path, stop_after_a_save, monkeypatch):
     """Worked out again from the weights after every step; a stop in between changes nothing."""
     trained, judged = {0: [], 0.5: []}, []
 
@@ -134,32 +151,18 @@ def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_pat
         torch.testing.assert_close(p, expected[name])
     assert _same(judged[-1], _weights(kept.model))
 
-    def stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    save = training.save_state
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(averaged, tmp_path)
+    stop_after_a_save(tmp_path, averaged)
     assert _same(_weights(train(averaged, tmp_path, resume=True).model), _weights(kept.model))
 
 
 # ---------------------------------------------------------------- stopping and resuming
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, stop_after_a_save):
     """Stopped right after the save at step 3, in the middle between two validations, with dropout on."""
 
-    def stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    save = training.save_state
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(QUICK, folder)
+    stop_after_a_save(folder)
     assert (folder / "state.safetensors").exists() and not (folder / "history.csv").exists()
     resumed = train(QUICK, folder, resume=True)
 
@@ -255,7 +258,7 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     assert val_loss == result.history["val_loss"].min()
 
 
-def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
+def test_the_best_weights_survive_a_stop(train, tmp_path, stop_after_a_save, monkeypatch):
     """The best validation was before the stop, and nothing after it was better."""
     losses, seen = iter([1.0, 2.0, 3.0, 4.0]), []
 
@@ -263,15 +266,8 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
         seen.append(_weights(base.model))
         return next(losses), Cost()
 
-    def stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    save = training.save_state
     monkeypatch.setattr(training, "_validate", validate)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(QUICK, tmp_path)
+    stop_after_a_save(tmp_path)
     result = train(QUICK, tmp_path, resume=True)
     assert result.history["val_loss"].tolist() == [1.0, 2.0, 3.0, 4.0]
     assert _same(_weights(result.model), seen[0])
@@ -446,15 +442,8 @@ def test_folders_that_hold_something_else_are_refused(run, train, tiny_base, sma
     assert not (tmp_path / "none").exists()
 
 
-def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, monkeypatch):
-    def stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    save = training.save_state
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
-        train(QUICK, tmp_path)
+def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, stop_after_a_save):
+    stop_after_a_save(tmp_path)
     with pytest.raises(UserError, match="was started with other settings, data or base; give the same ones"):
         train(replace(QUICK, learning_rate=3e-3), tmp_path, resume=True)
     with pytest.raises(UserError, match="holds a run that was stopped; add --resume"):
