@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--protocol", choices=("P5", "L50", "L20", "all"), default="P5")
     added.add_argument("--split", choices=("train", "validation", "test"), default="test")
     added.add_argument("--context", type=int, metavar="S", help="tokens, P5 only (default: 128, 512 and 768)")
+    added.add_argument("--constrained", action="store_true", help="write only what the grammar allows (numeric head)")
     added.add_argument("--json", type=Path, metavar="FILE")
     data(added)
     model(added, with_run=True)

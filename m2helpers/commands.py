@@ -76,13 +76,13 @@ def experiments(options) -> None:
 
 
 def _load(options):
-    """The model a command was given (a run, or a base untrained), its codec (None for a base) and its seed."""
+    """The model a command was given (a run, or a base untrained), and the run's codec and settings (None for a base)."""
     from .models import load_base
     from .runs import load_run
 
     if options.run:
         run = load_run(options.run)
-        return run.base, run.codec, run.settings.seed
+        return run.base, run.codec, run.settings
     return load_base(options.model), None, None
 
 
@@ -91,14 +91,16 @@ def evaluate(options) -> None:
     from .report import BASELINE_CACHE, results_table
 
     dataset = load_dataset(options.data)
-    base, codec, seed = _load(options)
+    base, codec, settings = _load(options)
     codec = codec or Codec(fit_scale(dataset.part("train")))
     contexts = [options.context] if options.context else P5_CONTEXTS
     protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
     rows = {str(options.run) if options.run else base.name: []}
+    about = dict(run=options.run and str(options.run), seed=settings and settings.seed)
+    about["constrained"] = options.constrained or bool(settings and settings.numeric_head)
     for protocol in protocols:
         where = dict(split=options.split, contexts=contexts)
-        results = evaluate(base, codec, dataset, protocol, **where, run=options.run and str(options.run), seed=seed)
+        results = evaluate(base, codec, dataset, protocol, **where, **about)
         next(iter(rows.values())).extend(results)
         for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
             rows.setdefault(row.model, []).append(row)

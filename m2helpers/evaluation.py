@@ -82,6 +82,10 @@ class Result:
     """Error of each window, None where invalid: for comparisons on the windows that two models both got valid."""
     series: list[int] = field(default_factory=list)
     """Which series each window is from."""
+    base_sha256: str | None = None
+    """Of the base's weights; None for a baseline."""
+    constrained: bool = False
+    """Whether only what the grammar allows was written."""
 
 
 def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: int | None = None) -> list[Case]:
@@ -151,6 +155,7 @@ def evaluate(
     run: str | None = None,
     seed: int | None = None,
     batch_size: int = 50,
+    constrained: bool = False,
 ) -> list[Result]:
     """Run a protocol over a split: one result for each context length.
 
@@ -166,9 +171,11 @@ def evaluate(
         Unmerged updates the model carries, for the account.
     run, seed
         Recorded with the result.
+    constrained : bool
+        As in `generate`: for a run that was trained with the numeric head, whose other characters were never scored.
     """
     trajectories = dataset.part(split)[:limit]
-    results = []
+    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained)
     for context in contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]:
         cases = make_cases(trajectories, codec, protocol, context)
         n_variables = trajectories.shape[2]
@@ -178,7 +185,7 @@ def evaluate(
             steps = batch[0].skip + len(batch[0].truth)
             for case, out in zip(
                 batch,
-                generate(base, codec, [c.context for c in batch], steps, n_variables, batch_size=batch_size, lora=lora),
+                generate(base, codec, [c.context for c in batch], steps, n_variables, **how),
                 strict=True,
             ):
                 forecasts.append(_compared(codec, out.text, case.skip, n_variables))
@@ -188,7 +195,8 @@ def evaluate(
             protocol=protocol, split=split, context=context, precision=codec.precision, seed=seed, scale=codec.scale
         )
         spent = dict(flops=flops, seconds=round(seconds, 2), model=base.name, run=run, data_sha256=dataset.sha256)
-        results.append(Result(**about, **spent, **score(cases, forecasts)))
+        which = dict(base_sha256=base.sha256, constrained=constrained)
+        results.append(Result(**about, **spent, **which, **score(cases, forecasts)))
     return results
 
 

@@ -62,7 +62,7 @@ def run_plan(
     output_dir, stages = Path(output_dir), tuple(stages)
     base_sha256, done, widened = load_base(model).sha256, 0, 0
     if "untrained" in stages:
-        _measure(output_dir / "base", model, dataset, PROTOCOLS, say)
+        _measure(output_dir / "base", model, base_sha256, dataset, PROTOCOLS, say)
     queue = list(plan.runs_of(stages))
     while queue:
         run = queue.pop(0)
@@ -73,9 +73,10 @@ def run_plan(
         say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps")
         _run(run, output_dir / run.name, model, base_sha256, dataset, resume, say)
         if run.stage in (*SWEEPS, ABLATION):
-            _measure(output_dir / run.name, None, dataset, ["P5"], say, split="validation", limit=SWEEP_SERIES)
+            few = dict(split="validation", limit=SWEEP_SERIES)
+            _measure(output_dir / run.name, None, base_sha256, dataset, ["P5"], say, **few)
         elif run.stage in plan.measured:
-            _measure(output_dir / run.name, None, dataset, PROTOCOLS, say)
+            _measure(output_dir / run.name, None, base_sha256, dataset, PROTOCOLS, say)
         if run.stage == "grid" and "grid" not in {left.stage for left in queue} and widened < WIDENINGS:
             wider = plan.widened(best_of_grid(plan, output_dir))
             more = [run for run in wider.runs_of(["grid"]) if run not in plan.runs_of(["grid"])]
@@ -133,15 +134,19 @@ def _run(
 def _measure(
     folder: Path,
     model: str | None,
+    base_sha256: str,
     dataset: Dataset,
     protocols: Iterable[str],
     say: Callable,
     split: str = "test",
     limit: int | None = None,
 ) -> None:
-    """Write the measurements of a run, or of an untrained base, into its folder, unless they are there for these data."""
+    """Write the measurements of a run, or of an untrained base, into its folder, unless they are there."""
     path = folder / METRICS_NAME
-    if path.is_file() and all(row["data_sha256"] == dataset.sha256 for row in read_json(path)):
+    if path.is_file():
+        made_with = {(row["data_sha256"], row["base_sha256"]) for row in read_json(path)}
+        if made_with != {(dataset.sha256, base_sha256)}:
+            raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
         return
     say(f"{folder.name}: forecasts of the {split} split")
     if model:
@@ -149,5 +154,6 @@ def _measure(
     else:
         run = load_run(folder)
         base, codec, about = run.base, run.codec, dict(run=str(folder), seed=run.settings.seed)
+        about["constrained"] = bool(run.settings.numeric_head)
     results = [r for p in protocols for r in evaluate(base, codec, dataset, p, split=split, limit=limit, **about)]
     write_json(path, to_json(results))

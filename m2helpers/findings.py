@@ -69,7 +69,7 @@ def advice(base: str = "embedded") -> str:
     by_rate, by_rank = ranked.min(), ranked.min(axis=1)
     points = [
         f"**Learning rate and rank.** Over the rates tried, the best run of each spans {by_rate.min():.4f} to {by_rate.max():.4f} in "
-        f"validation loss (best: {rate:g}{_edge(rate, list(ranked))}); over the ranks, {by_rank.min():.4f} to {by_rank.max():.4f} (best: {rank})."
+        f"validation loss (best: {rate:g}{_edge(rate, list(ranked))}); over the ranks, {by_rank.min():.4f} to {by_rank.max():.4f} (best: {rank}{_edge(rank, list(ranked.index))})."
     ]
     if control == control:
         points.append(

@@ -213,6 +213,8 @@ def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None)
         raise UserError(
             f"{folder / CONFIG_NAME}: not a LoRA adapter's settings ({error}); train or copy the run again"
         ) from None
+    if isinstance(targets := config["target_modules"], str):
+        raise UserError(f"{folder / CONFIG_NAME}: target_modules {targets!r} is a pattern; list the layers' names")
     for option in ("use_rslora", "alpha_pattern"):  # peft's, and invisible in the weights: they change the scaling
         if config.get(option):
             raise UserError(f"{folder / CONFIG_NAME}: {option} is not supported here; load this adapter with peft")

@@ -14,6 +14,7 @@ import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
@@ -113,7 +114,8 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
             raise UserError(
                 f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
             )
-        _check_memory(name, stored * getattr(torch, dtype).itemsize // (config.dtype or torch.float32).itemsize)
+        needed = stored * getattr(torch, dtype).itemsize // (config.dtype or torch.float32).itemsize
+        _check_memory(name, needed, device)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
@@ -142,8 +144,10 @@ def choose_device() -> str:
     return asked
 
 
-def _check_memory(name: str, needed: int) -> None:
-    free = psutil.virtual_memory().available
+def _check_memory(name: str, needed: int, device: str) -> None:
+    free = psutil.virtual_memory().available  # weights are read there first, wherever they go
+    if device == "cuda":
+        free = min(free, torch.cuda.mem_get_info()[0])
     if needed > free:
         raise UserError(
             f"{name}: its weights need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
@@ -253,10 +257,14 @@ def _find_folder(name: str) -> Path:
         pass  # not in the cache yet, or no name that a hub could know: the next error says which
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds: no network, no such repository, a gated one
+    except Exception as error:  # the hub client raises many kinds
+        remedy = "connect and try again, or give a folder"
+        if isinstance(error, RepositoryNotFoundError):  # a private one looks the same
+            remedy = "check the name, and 'hf auth login' if it is private"
+        if isinstance(error, GatedRepoError):
+            remedy = "accept its licence on its page and 'hf auth login', or give a folder"
         raise UserError(
-            f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {_first_line(error)}); "
-            "connect and try again, or give a folder"
+            f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {_first_line(error)}); {remedy}"
         ) from error
 
 

@@ -227,7 +227,8 @@ def benchmarks_table() -> str:
     names = {
         "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
         "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
-        "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's", "mae": "P5 error",
+        "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's",
+        "mae": "P5 error", "mae_change": "change (%)",
     }  # fmt: skip
     parts = []
     for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:

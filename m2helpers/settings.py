@@ -53,7 +53,7 @@ class TrainSettings(LoraSettings):
     rescale: float = 0.0
     """Each time a training series is read, its values are multiplied by e^U(−rescale, rescale)."""
     random_start: int = 0
-    """1: training windows begin anywhere in their series; 0: at multiples of `max_length`."""
+    """1: half the training windows begin where their series does, half anywhere in it; 0: at multiples of `max_length`."""
     average: float = 0.0
     """Decay, a step, of a running average of the weights, which is validated and kept in their place; 0: none."""
     numeric_head: int = 0
@@ -97,15 +97,17 @@ class TrainSettings(LoraSettings):
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 STAGES = {
-    "initial": TrainSettings(lora_r=4, learning_rate=5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1500),
+    "initial": TrainSettings(lora_r=4, learning_rate=2.5e-3, max_length=512, max_steps=1000),
+    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1200),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,
         target_modules=EVERY_LINEAR,
-        learning_rate=2e-3,
-        max_length=768,
-        max_steps=1200,
+        learning_rate=3e-3,
+        lora_dropout=0.0,
+        max_length=1024,
+        max_steps=1600,
         rescale=0.7,
+        random_start=1,
     ),
 }

@@ -76,7 +76,7 @@ def load_state(
         try:
             tensors, record = _read(path.with_name(PREVIOUS_NAME))
         except UserError:
-            raise error from None
+            raise UserError(f"{error}; delete it and start the run again") from None
         warnings.warn(f"{error}; going on from the save before it, step {record['step']:,}", stacklevel=2)
     if {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")} != set(parameters):
         raise UserError(
@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             raise ValueError("its checksum does not match")
         return tensors, about["record"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable training state ({error}); delete it and start the run again") from None
+        raise UserError(f"{path}: not a readable training state ({error})") from None
 
 
 def _checksum(tensors: Tensors) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .families import FAMILIES, log_uniform
+from .dynamics import log_uniform
+from .families import FAMILIES
 from .text import Codec
 
 STILL = 0.1  # of its whole range: a series that moves less than this in its second half has come to rest
@@ -38,14 +39,14 @@ def _dress(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     columns = [x[:, i] for i in rng.permutation(x.shape[1])]
     while len(columns) < n_variables or rng.random() < 0.1:  # a mixture as a further variable
         columns.insert(0, np.clip(x @ rng.dirichlet(np.ones(x.shape[1])), 0, 1))
-    y = np.stack([c if rng.random() < 0.8 else 1 - c for c in columns[:n_variables]], axis=1)  # (steps, variables)
+    y = np.stack([c if rng.random() < 0.9 else 1 - c for c in columns[:n_variables]], axis=1)  # (steps, variables)
     low = rng.choice([0, 0.02, 0.1, 0.5], (1, n_variables))  # how far lows stay off zero, at most
     y = y + low * rng.random((1, n_variables))
     if rng.random() < 0.1:
         y = y - rng.random((1, n_variables))  # negative values too
-    if rng.random() < 0.05:
+    if rng.random() < 0.03:
         y = y + log_uniform(rng, 0.002, 0.05, 1) * rng.normal(0, 1, y.shape)
-    scale = log_uniform(rng, 0.7, 16, 1) * log_uniform(rng, 0.15, 1.5, n_variables) ** rng.choice([0, 1])
+    scale = log_uniform(rng, 1.2, 16, 1) * log_uniform(rng, 0.15, 1.5, n_variables) ** rng.choice([0, 1])
     return np.clip(y * scale, -999, 999)
 
 

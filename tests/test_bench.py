@@ -1,8 +1,10 @@
 """The benchmarks, on a tiny model: what they record, not how fast it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from m2helpers import bench
 from m2helpers.bench import BENCHMARKS, run_benchmark
@@ -21,6 +23,8 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "STEPS", 1)
     monkeypatch.setattr(bench, "STEPS_EMBEDDED", 1)
     monkeypatch.setattr(bench, "CONTEXTS", (8, 16))
+    errors = {torch.float32: 0.2, torch.bfloat16: 0.201}  # a tiny model's own forecasts do not parse
+    monkeypatch.setattr(bench, "evaluate", lambda base, *_, **__: [SimpleNamespace(mae=errors[base.model.dtype])])
     return tmp_path
 
 
@@ -39,6 +43,9 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         assert row["ratio"] == pytest.approx(alternative["seconds"] / row["seconds"])
         if name.startswith("decode"):
             assert 0 < row["seconds_after_prefill"] < row["seconds"]
+        if name == "decode-embedded":
+            expected = (0.201, 0.5) if "bfloat16" in row["side"] else (0.2, 0)
+            assert (row["mae"], row["mae_change"]) == pytest.approx(expected)
         if name.startswith("train"):
             assert row["peak_gb"] > 0 and len(row["times"]) == 1
             assert (row["side"] == "peft + Trainer") == (place == 0)

@@ -28,7 +28,7 @@ CODEC = Codec(1.0)
 # What DESIGN.md promises of `evaluate --json`, and the two columns that comparisons need.
 KEYS = {"protocol", "split", "context", "precision", "seed", "scale", "mse", "rmse", "mae", "mae_per_variable"}
 KEYS |= {"per_step_mae", "n", "n_valid", "ci_mae", "flops", "seconds", "model", "run", "data_sha256"}
-KEYS |= {"window_mae", "series"}
+KEYS |= {"window_mae", "series", "base_sha256", "constrained"}
 
 
 def _series(length, seed=0):
@@ -41,7 +41,7 @@ def _series(length, seed=0):
 @pytest.fixture
 def oracle(monkeypatch):
     """A model that knows the rest of every text; `oracle.write` may spoil what it writes."""
-    oracle = SimpleNamespace(texts=[], name="oracle", write=lambda index, text: text)
+    oracle = SimpleNamespace(texts=[], name="oracle", sha256="b", write=lambda index, text: text)
 
     def generate(base, codec, contexts, n_steps, n_variables, **options):
         out = []
@@ -189,6 +189,15 @@ def test_a_real_model_is_evaluated(tiny_base):
 
 
 # ---------------------------------------------------------------- score
+
+
+def test_a_constrained_forecast_is_always_valid(tiny_base):
+    """Even by a model with random weights."""
+    base, trajectories = tiny_base(), np.stack([_series(1000, seed) for seed in range(2)])
+    (free,) = evaluate(base, CODEC, _dataset(trajectories), "L20")
+    (kept,) = evaluate(base, CODEC, _dataset(trajectories), "L20", constrained=True)
+    assert (free.n_valid, free.constrained) == (0, False)
+    assert (kept.n_valid, kept.constrained, kept.base_sha256) == (2, True, base.sha256)
 
 
 def test_the_score_worked_by_hand():

@@ -9,7 +9,7 @@ import pytest
 from m2helpers import experiments
 from m2helpers.evaluation import evaluate
 from m2helpers.experiments import best_of_grid, run_plan, sweep_table
-from m2helpers.files import UserError, read_json
+from m2helpers.files import UserError, checkpoint_folder, read_json, sha256_file, write_json
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.planning import Plan
 from m2helpers.settings import TrainSettings
@@ -101,6 +101,29 @@ def test_another_plans_runs_are_not_overwritten(run, tmp_path):
     ):
         run(replace(PLAN, initial=replace(INITIAL, weight_decay=0.1)), stages=["initial"])
     assert (tmp_path / "out" / "initial" / "history.csv").read_bytes() == before
+
+
+def test_measurements_of_another_base_are_not_taken_over(run, tmp_path):
+    run(stages=["untrained"])
+    path = tmp_path / "out" / "base" / "metrics.json"
+    rows = read_json(path)
+    write_json(path, [row | {"base_sha256": "another"} for row in rows])
+    with pytest.raises(UserError, match=r"metrics.json: measured with other data or base; choose another --output-dir"):
+        run(stages=["untrained"])
+    path.unlink()
+    run(stages=["untrained"])
+    assert [row["base_sha256"] for row in read_json(path)] == [row["base_sha256"] for row in rows]
+
+
+def test_every_shipped_record_belongs_to_the_shipped_base():
+    """What the pages show is of one base: nothing is left over from the one before it."""
+    folder = checkpoint_folder("embedded")
+    base = sha256_file(folder / "base" / "model.safetensors")
+    hashes = {
+        str(path): read_json(path)["base_sha256"] for path in folder.rglob("config.json") if path.parent.name != "base"
+    }
+    hashes |= {str(path): row["base_sha256"] for path in folder.rglob("metrics.json") for row in read_json(path)}
+    assert len(hashes) > 30 and {path for path, found in hashes.items() if found != base} == set()
 
 
 def test_every_seed_of_a_long_run_is_measured(run, tmp_path):

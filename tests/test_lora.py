@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -253,6 +253,30 @@ def test_an_adapter_that_peft_wrote_loads(adapted, folder, tiny_base, tmp_path):
     with torch.no_grad():
         adapted.model.lm_head.bias.zero_()
     assert torch.equal(_logits(again.model), _logits(adapted.model))
+
+
+def test_an_adapter_that_peft_trained_loads(tiny_base, tmp_path):
+    """Two optimizer steps by `peft` alone, saved by `peft`: our logits are its own."""
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    theirs = get_peft_model(tiny_base(head_bias=False).model, config)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        theirs(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = tiny_base()
+    assert load_adapter(ours.model, tmp_path / "peft", ours.sha256).lora_r == 3
+    torch.testing.assert_close(_logits(ours.model), _logits(theirs), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(_logits(ours.model), _logits(tiny_base().model), atol=1e-2)
+
+
+def test_a_pattern_of_target_modules_is_refused(adapted, folder, tiny_base):
+    """`peft` takes a regular expression there as well."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ".*q_proj"}))
+    assert "target_modules '.*q_proj'" in _refusal(tiny_base(), folder)
 
 
 def _refusal(base, folder, sha256=None):

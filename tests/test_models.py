@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -315,13 +316,27 @@ def test_a_hub_name_without_network_is_refused():
     assert message.endswith("connect and try again, or give a folder")
 
 
-@pytest.mark.parametrize("failure", [ConnectionError("no route\nto host"), RuntimeError("gated")])
-def test_any_failure_of_the_hub_is_one_line(monkeypatch, failure):
+_ANSWER = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("failure", "remedy"),
+    [
+        (ConnectionError("no route\nto host"), "connect and try again"),
+        (RepositoryNotFoundError("no such repository", response=_ANSWER), "check the name"),
+        (
+            GatedRepoError("access is restricted", response=_ANSWER),
+            "accept its licence on its page and 'hf auth login'",
+        ),
+    ],
+)
+def test_any_failure_of_the_hub_is_one_line_with_its_remedy(monkeypatch, failure, remedy):
     def download(*_, **__):
         raise failure if not __.get("local_files_only") else FileNotFoundError
 
     monkeypatch.setattr(models, "snapshot_download", download)
-    assert str(failure).splitlines()[0] in _refusal("someone/some-model")
+    message = _refusal("someone/some-model")
+    assert str(failure).splitlines()[0] in message and remedy in message and "\n" not in message
 
 
 def test_an_impossible_hub_name_is_refused():

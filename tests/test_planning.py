@@ -10,6 +10,7 @@ from m2helpers.data import load_dataset
 from m2helpers.evaluation import evaluate
 from m2helpers.files import UserError
 from m2helpers.flops import CAP, training_flops
+from m2helpers.models import load_config
 from m2helpers.planning import (
     PLANS,
     Plan,
@@ -88,6 +89,12 @@ def test_the_presets():
         assert len(grid) == 10 and sum(rank == 0 for _, rank in grid) == 1
     with pytest.raises(UserError, match=r"plan 'mine': choose from embedded, qwen2.5-0.5b"):
         find_plan("mine")
+
+
+def test_the_embedded_plan_stays_under_its_share():
+    """One seed, forecasts included, at most 2e15 FLOPs."""
+    config = load_config("embedded")
+    assert plan_table(config, PLANS["embedded"], load_dataset())["exact"].sum() < 2e15
 
 
 def test_long_runs_have_seeds_and_a_rate_that_follows_from_the_grid():

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from m2helpers import training
 from m2helpers.costs import Cost
@@ -522,6 +522,18 @@ def test_the_stages_are_those_of_the_design():
             ),
             QUICK,
         ),
+        (
+            Qwen3Config(
+                vocab_size=259,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+            ),
+            QUICK,
+        ),
         (GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=256), replace(QUICK, lora_r=0)),
     ],
 )
@@ -540,7 +552,7 @@ def test_another_architecture_trains_and_forecasts(config, settings, small_data,
 
 
 def test_padding_changes_no_loss(tiny_base):
-    """The loss of a left-padded batch is the mean over tokens of the windows' own losses."""
+    """The loss of a padded batch is the mean over tokens of the windows' own losses."""
     base = tiny_base()
     with torch.no_grad():
         base.model.lm_head.bias.normal_(generator=torch.Generator().manual_seed(0))
@@ -600,6 +612,9 @@ def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, c
     assert all(whole) if not settings.rescale else sum(whole) < 5
     starts = [series.find(text) for text in texts for series in plain if text in series]
     assert any(start % QUICK.max_length for start in starts) == bool(settings.random_start) or settings.rescale
+    if settings.random_start:
+        assert min(map(len, texts)) >= QUICK.max_length // 4
+        assert settings.rescale or 0.3 < np.mean([start == 0 for start in starts]) < 0.7
 
 
 def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):

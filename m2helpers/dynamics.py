@@ -1,0 +1,184 @@
+"""Systems that move: what the pre-training families are made from, none of them a predator–prey system.
+
+Each draws `n` systems at once and returns them sampled evenly: an array (n, steps, dimensions).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SHORTEST_PERIOD, LONGEST_PERIOD = 6.0, 40.0  # samples per cycle, the range that sampling rates are drawn from
+
+
+def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
+    """Draws whose logarithms are uniform between those of `low` and `high`."""
+    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+
+
+def integrate(field, state: np.ndarray, period, rng: np.random.Generator, steps: int, substeps: int = 6) -> np.ndarray:
+    """Fourth-order Runge–Kutta for many systems at once, at a sampling rate drawn for each.
+
+    Parameters
+    ----------
+    field : callable
+        Takes and returns (dimensions, n).
+    state : (dimensions, n)
+    period : float or array (n,)
+        The systems' typical period in their own time, so that cycles take between 6 and 40 samples.
+
+    Returns
+    -------
+    (n, steps, dimensions)
+    """
+    h = np.asarray(period) / log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, state.shape[1]) / substeps  # (n,)
+    path = np.empty((steps, *state.shape))  # (steps, dimensions, n)
+    with np.errstate(all="ignore"):  # a system that blows up is dropped by draw_series
+        for step in range(steps):
+            path[step] = state
+            for _ in range(substeps):
+                k1 = field(state)
+                k2 = field(state + h / 2 * k1)
+                k3 = field(state + h / 2 * k2)
+                k4 = field(state + h * k3)
+                state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return path.transpose(2, 0, 1)
+
+
+def phases(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
+    """Phase of an oscillation in radians, (n, steps): a random period and start, sometimes slowly drifting."""
+    period = log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, (n, 1))
+    t = np.arange(steps)
+    drift = rng.choice([0, 0, 1], (n, 1)) * rng.uniform(-0.3, 0.3, (n, 1)) * t / steps
+    return 2 * np.pi * (t / period * (1 + drift) + rng.random((n, 1)))
+
+
+def modulated_oscillations(rng, n, steps):
+    """Sinusoids whose amplitude beats slowly."""
+    phase = phases(rng, n, steps)
+    beat = 1 + rng.uniform(0.2, 0.9, (n, 1)) * np.sin(phase / rng.uniform(3, 12, (n, 1)))
+    return np.stack([beat * np.sin(phase), beat * np.cos(phase + rng.uniform(-1, 1, (n, 1)))], axis=-1)
+
+
+def van_der_pol(rng, n, steps):
+    """Relaxation oscillator (van der Pol 1926)."""
+    mu = log_uniform(rng, 0.05, 4, n)
+    field = lambda s: np.stack([s[1], mu * (1 - s[0] ** 2) * s[1] - s[0]])  # noqa: E731
+    return integrate(field, rng.uniform(-2, 2, (2, n)), 6.3 + 1.6 * mu, rng, steps, 12)
+
+
+def fitzhugh_nagumo(rng, n, steps):
+    """Excitable medium (FitzHugh 1961)."""
+    drive, slow = rng.uniform(0.2, 1.2, n), rng.uniform(0.05, 0.25, n)
+    field = lambda s: np.stack([s[0] - s[0] ** 3 / 3 - s[1] + drive, slow * (s[0] + 0.7 - 0.8 * s[1])])  # noqa: E731
+    return integrate(field, rng.uniform(-1.5, 1.5, (2, n)), 3 / slow + 10, rng, steps, 10)
+
+
+def pendulum(rng, n, steps):
+    """A swinging pendulum with friction."""
+    friction = log_uniform(rng, 0.003, 0.2, n)
+    start = np.stack([rng.uniform(0.3, 3.0, n), rng.normal(0, 0.3, n)])
+    return integrate(lambda s: np.stack([s[1], -np.sin(s[0]) - friction * s[1]]), start, 7.0, rng, steps)
+
+
+def duffing(rng, n, steps):
+    """A spring that hardens or has two wells (Duffing 1918), with friction."""
+    linear, friction = rng.choice([-1.0, 0.2, 1.0], n), log_uniform(rng, 0.005, 0.2, n)
+    field = lambda s: np.stack([s[1], -linear * s[0] - s[0] ** 3 - friction * s[1]])  # noqa: E731
+    return integrate(field, rng.uniform(-2, 2, (2, n)), 5.0, rng, steps, 8)
+
+
+def two_species_competition(rng, n, steps):
+    """Two species that compete for the same food (never one that eats the other)."""
+    pressure, speed = rng.uniform(0.3, 1.6, (2, n)), rng.uniform(0.4, 1, (2, n))
+    field = lambda s: speed * s * (1 - s - pressure * s[::-1])  # noqa: E731
+    return integrate(field, rng.uniform(0.02, 1.5, (2, n)), 12.0, rng, steps)
+
+
+def epidemic(rng, n, steps):
+    """Susceptible, infected, recovered, with lost immunity (SIRS)."""
+    contact, waning = rng.uniform(1.3, 5, n), log_uniform(rng, 0.01, 0.3, n)
+
+    def field(s):
+        infection = contact * s[0] * s[1]
+        return np.stack([waning * s[2] - infection, infection - s[1], s[1] - waning * s[2]])
+
+    infected = log_uniform(rng, 1e-3, 0.2, n)
+    start = np.stack([1 - infected, infected, np.zeros(n)])
+    return integrate(field, start, 9 / np.sqrt(waning * (contact - 1)), rng, steps, 10)
+
+
+def lorenz(rng, n, steps):
+    """Lorenz's convection (1963), sampled finely, chaotic or settling."""
+    rho = rng.uniform(12, 40, n)
+    field = lambda s: np.stack([10 * (s[1] - s[0]), s[0] * (rho - s[2]) - s[1], s[0] * s[1] - 8 / 3 * s[2]])  # noqa: E731
+    return integrate(field, rng.normal(0, 6, (3, n)) + np.array([[0], [0], [20]]), 0.75, rng, steps, 10)
+
+
+def rossler(rng, n, steps):
+    """Rössler's band (1976)."""
+    c = rng.uniform(2.5, 7, n)
+    field = lambda s: np.stack([-s[1] - s[2], s[0] + 0.2 * s[1], 0.2 + s[2] * (s[0] - c)])  # noqa: E731
+    return integrate(field, rng.uniform(-4, 4, (3, n)) * np.array([[1], [1], [0.1]]), 6.0, rng, steps, 10)
+
+
+def delayed_feedback(rng, n, steps):
+    """Mackey–Glass blood cells (1977): one variable that answers to its own past, seen now and some samples ago."""
+    delay, substeps = 17, 5
+    power, gain = rng.uniform(5, 11, n), rng.uniform(0.15, 0.3, n)
+    stretch = log_uniform(rng, 0.3, 2.5, n)  # time units per sample
+    total = int(np.ceil(steps * stretch.max())) + 2 * delay
+    fine = np.empty((total * substeps, n))
+    fine[: delay * substeps] = rng.uniform(0.4, 1.4, n)
+    for i in range(delay * substeps, len(fine)):
+        past = fine[i - delay * substeps]
+        fine[i] = fine[i - 1] + (gain * past / (1 + past**power) - 0.1 * fine[i - 1]) / substeps
+    index = ((delay + np.arange(steps)[:, None] * stretch) * substeps).astype(int)  # (steps, n)
+    now, before = (np.take_along_axis(fine, index - back, axis=0) for back in (0, 6 * substeps))
+    return np.stack([now, before], axis=-1).transpose(1, 0, 2)
+
+
+def smooth_random(rng, n, steps):
+    """Draws from a Gaussian process with a random band of frequencies (random Fourier features), three of them mixed."""
+    cycles = steps / log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, (n, 1, 1))
+    frequency = np.abs(rng.normal(1, rng.uniform(0.1, 0.8, (n, 1, 1)), (n, 12, 1))) * cycles
+    t = np.linspace(0, 2 * np.pi, steps)
+    features = np.sin(frequency * t + rng.uniform(0, 2 * np.pi, (n, 12, 1)))  # (n, 12, steps)
+    return np.einsum("nfs,nfd->nsd", features, rng.normal(0, 1, (n, 12, 3)))
+
+
+def growth_and_decay(rng, n, steps):
+    """Saturating growth, its mirror image, and relaxation with different rates."""
+    t = np.arange(steps) / steps
+    rate, middle = log_uniform(rng, 3, 40, (n, 1)), rng.uniform(0, 0.8, (n, 1))
+    power = log_uniform(rng, 0.3, 3, (n, 1))
+    logistic = (1 + np.exp(-rate * (t - middle))) ** -power
+    return np.stack([logistic, np.exp(-rate * t / 3), t**power], axis=-1)
+
+
+def noise_with_memory(rng, n, steps):
+    """Autoregressive noise of order two, and its running sum that forgets (Ornstein–Uhlenbeck)."""
+    radius, angle = rng.uniform(0.6, 0.985, n), 2 * np.pi / log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, n)
+    a, b, memory = 2 * radius * np.cos(angle), -(radius**2), rng.uniform(0.7, 0.98, n)
+    shocks = rng.normal(0, 1, (steps, n))
+    path = np.zeros((steps + 2, 2, n))
+    for i in range(steps):
+        path[i + 2, 0] = a * path[i + 1, 0] + b * path[i, 0] + shocks[i]
+        path[i + 2, 1] = memory * path[i + 1, 1] + path[i + 2, 0]
+    return path[2:].transpose(2, 0, 1)
+
+
+def trend_and_season(rng, n, steps):
+    """A line, a repeated pattern of random shape, and a little noise."""
+    period = rng.integers(4, 40, (n, 1))
+    shape = rng.normal(0, 1, (n, 40)) * rng.choice([0.3, 1], (n, 1)) + np.sin(2 * np.pi * np.arange(40) / period)
+    season = np.take_along_axis(shape, np.arange(steps) % period, axis=1)
+    trend = rng.normal(0, 2, (n, 1)) * np.linspace(0, 1, steps)
+    return np.stack([season + trend, np.roll(season, 2, axis=1) - rng.normal(0, 1, (n, 1)) * trend], axis=-1)
+
+
+def steps_and_spikes(rng, n, steps):
+    """Levels that jump at random, and spikes that repeat and fade."""
+    jumps = rng.random((n, steps)) < rng.uniform(0.01, 0.08, (n, 1))
+    level = np.cumsum(jumps * rng.normal(0, 1, (n, steps)), axis=1)
+    since = np.arange(steps) % rng.integers(5, 50, (n, 1))
+    return np.stack([level, np.exp(-since * log_uniform(rng, 0.05, 1, (n, 1)))], axis=-1)
