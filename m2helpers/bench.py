@@ -77,10 +77,16 @@ def train_embedded(dataset: Dataset) -> dict:
 def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> dict:
     codec = Codec(fit_scale(dataset.part("train")))
     numeric = TrainSettings(**vars(SETTINGS) | {"numeric_head": 1})
+
+    def ours(settings: TrainSettings) -> Training:
+        work = Training(make(), dataset, settings, codec)
+        work.train = [w for w in work.train if len(w) == SETTINGS.max_length]  # every step has the same size
+        return work
+
     sides = {
         ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset, steps),
-        FULL: lambda: _our_steps(_whole(Training(make(), dataset, SETTINGS, codec)), steps),
-        NUMERIC: lambda: _our_steps(_whole(Training(make(), dataset, numeric, codec)), steps),
+        FULL: lambda: _our_steps(ours(SETTINGS), steps),
+        NUMERIC: lambda: _our_steps(ours(numeric), steps),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, list[float]] = {name: [] for name in sides}
@@ -88,13 +94,7 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) ->
         for name, run in sides.items():
             with _peak_memory(peaks[name]):
                 seconds[name] += run()
-    work = _whole(Training(make(), dataset, numeric, codec))
-    return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks), "profile": {NUMERIC: _profile(work.step)}}
-
-
-def _whole(work: Training) -> Training:
-    work.train = [w for w in work.train if len(w) == SETTINGS.max_length]  # every step has the same size
-    return work
+    return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks), "profile": {NUMERIC: _profile(ours(numeric).step)}}
 
 
 def _our_steps(work: Training, steps: int) -> list[float]:

@@ -258,11 +258,12 @@ def _find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        remedy = "connect and try again, or give a folder"
-        if isinstance(error, RepositoryNotFoundError):  # a private one looks the same
-            remedy = "check the name, and 'hf auth login' if it is private"
         if isinstance(error, GatedRepoError):
             remedy = "accept its licence on its page and 'hf auth login', or give a folder"
+        elif isinstance(error, RepositoryNotFoundError):  # a private one looks the same
+            remedy = "check the name, and 'hf auth login' if it is private"
+        else:
+            remedy = "connect and try again, or give a folder"
         raise UserError(
             f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {_first_line(error)}); {remedy}"
         ) from error

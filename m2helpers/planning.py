@@ -125,13 +125,13 @@ def _widen(values: tuple, best: float) -> tuple:
 
 
 AS_PUBLISHED = "published setting"  # the ablation that changes nothing: what the others are compared with
+_EVERY_LAYER = dict(target_modules=EVERY_LINEAR, learning_rate=2e-3)
+_RANK_16 = dict(lora_r=16, lora_alpha=32)
 ABLATIONS = {
     AS_PUBLISHED: {},
-    "every linear layer": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3),
-    "every linear layer rank 16": dict(target_modules=EVERY_LINEAR, learning_rate=2e-3, lora_r=16, lora_alpha=32),
-    "every linear layer rank 16 faster": dict(
-        target_modules=EVERY_LINEAR, learning_rate=4e-3, lora_r=16, lora_alpha=32
-    ),
+    "every linear layer": _EVERY_LAYER,
+    "every linear layer rank 16": _EVERY_LAYER | _RANK_16,
+    "every linear layer rank 16 faster": _EVERY_LAYER | _RANK_16 | dict(learning_rate=4e-3),
     "rescaled series": dict(rescale=0.7),
     "windows anywhere": dict(random_start=1),
     "no dropout": dict(lora_dropout=0.0),

@@ -513,27 +513,14 @@ def test_the_stages_are_those_of_the_design():
 # ---------------------------------------------------------------- other bases
 
 
+SIZES = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+
+
 @pytest.mark.parametrize(
     "config, settings",
     [
-        (
-            LlamaConfig(
-                vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-            ),
-            QUICK,
-        ),
-        (
-            Qwen3Config(
-                vocab_size=259,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-            ),
-            QUICK,
-        ),
+        (LlamaConfig(**SIZES), QUICK),
+        (Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=16), QUICK),
         (GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=256), replace(QUICK, lora_r=0)),
     ],
 )
