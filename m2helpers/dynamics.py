@@ -146,6 +146,27 @@ def smooth_random(rng, n, steps):
     return np.einsum("nfs,nfd->nsd", features, rng.normal(0, 1, (n, 12, 3)))
 
 
+def gaussian_process(rng, n, steps):
+    """Draws from Gaussian processes, each of two kernels of different kinds, added or multiplied."""
+    t = np.arange(steps)
+    apart = np.subtract.outer(t, t)  # (steps, steps)
+    period, width = log_uniform(rng, SHORTEST_PERIOD, LONGEST_PERIOD, (2, n, 1, 1))
+    kernels = np.stack(  # (5, n, steps, steps), all 1 on the diagonal but the last
+        [
+            np.exp(-((apart / width) ** 2) / 2),
+            1 / (1 + (apart / width) ** 2),  # rational quadratic: many widths at once
+            np.exp(-2 * np.sin(np.pi * apart / period) ** 2),
+            np.cos(2 * np.pi * apart / period),
+            np.multiply.outer(t - steps / 2, t - steps / 2) / (steps / 2) ** 2 + 0 * period,  # a straight line
+        ]
+    )
+    first, second = rng.permuted(np.tile(np.arange(5), (n, 1)), axis=1)[:, :2].T
+    one, other = kernels[first, range(n)], kernels[second, range(n)]
+    both = np.where(rng.random((n, 1, 1)) < 0.5, one + other, one * other)
+    root = np.linalg.cholesky(both + 1e-6 * np.eye(steps))
+    return root @ rng.normal(0, 1, (n, steps, 3))
+
+
 def growth_and_decay(rng, n, steps):
     """Saturating growth, its mirror image, and relaxation with different rates."""
     t = np.arange(steps) / steps

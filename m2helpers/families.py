@@ -14,6 +14,7 @@ from .dynamics import (
     duffing,
     epidemic,
     fitzhugh_nagumo,
+    gaussian_process,
     growth_and_decay,
     integrate,
     log_uniform,
@@ -190,7 +191,7 @@ def transients(rng, n, steps):
 @_family
 def random_processes(rng, n, steps):
     """What no equation foretells: Gaussian processes, autoregressive noise, trends with seasons, steps and spikes."""
-    return _pool([smooth_random, noise_with_memory, trend_and_season, steps_and_spikes], rng, n, steps)
+    return _pool([gaussian_process, noise_with_memory, trend_and_season, steps_and_spikes], rng, n, steps)
 
 
 def _product(rng, n, steps):

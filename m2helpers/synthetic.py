@@ -14,6 +14,7 @@ from .text import Codec
 
 STILL = 0.1  # of its whole range: a series that moves less than this in its second half has come to rest
 STILL_SHARE = 0.15  # of the series at rest, kept all the same while others can be had
+SHORTER = 0.03  # of the texts: a batch is padded to its longest, so more of them would waste time
 
 
 def draw_series(rng: np.random.Generator, n: int, steps: int, family: str) -> list[np.ndarray]:
@@ -55,7 +56,7 @@ def draw_texts(
 ) -> list[str]:
     """Draw `n` texts of at most `length` characters: the same number from each family, or all from one, shuffled.
 
-    Half begin where their series does, half anywhere, even inside a number.
+    Half begin where their series does, half anywhere, even inside a number; a few are shorter.
 
     Parameters
     ----------
@@ -71,8 +72,9 @@ def draw_texts(
     series = [s for name in families for s in draw_series(rng, share, steps, name)]
     texts = []
     for index in rng.permutation(len(series))[:n]:
-        decimals = rng.choice([0, 1, 2, 3], p=[0.02, 0.03, 0.92, 0.03]) if precision is None else precision
+        decimals = rng.choice([0, 1, 2, 3], p=[0.03, 0.04, 0.88, 0.05]) if precision is None else precision
         text = Codec(1.0, int(decimals)).encode(series[index])
         start = rng.integers(0, max(1, len(text) - length)) * rng.integers(0, 2)
-        texts.append(text[start : start + length])
+        stop = start + (rng.integers(length // 8, length) if rng.random() < SHORTER else length)
+        texts.append(text[start:stop])
     return texts

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from m2helpers import dynamics, families
+from m2helpers.dynamics import gaussian_process
 from m2helpers.families import FAMILIES
 from m2helpers.synthetic import draw_series, draw_texts
 from m2helpers.text import Codec
@@ -106,6 +107,19 @@ def test_the_mixture_has_several_precisions_mostly_two_decimals(mixed):
     decimals = [max(len(re.match(r"\d*", part)[0]) for part in text.split(".")[1:-1] or [""]) for text in mixed]
     shares = np.bincount(decimals, minlength=5) / len(mixed)
     assert shares[2] > 0.75 and min(shares[0], shares[1], shares[3]) > 0.005 and shares[4:].sum() == 0
+
+
+def test_a_few_texts_are_shorter(two_decimals):
+    lengths = np.array([len(text) for text in two_decimals])  # at most 120
+    assert 0.005 < np.mean(lengths < 120) < 0.1 and lengths.min() < 100
+
+
+def test_gaussian_processes_have_the_variance_of_their_kernels():
+    """In the middle, where the straight line is nought, every other kernel is 1: sums 2 or 1, products 1 or 0."""
+    draws = [gaussian_process(np.random.default_rng(seed), 1, 8)[0] for seed in range(400)]  # (8, 3) each
+    middle = np.array([np.mean(x[4] ** 2) for x in draws])  # one process each, three draws
+    assert middle.mean() == pytest.approx(1.1, rel=0.15)  # added: 3/5 · 2 + 2/5 · 1; multiplied: 3/5 · 1
+    assert np.mean(middle < 1e-3) == pytest.approx(0.2, abs=0.07)  # products with the line: half of two fifths
 
 
 def test_negative_values_occur_and_are_the_exception(mixed):
