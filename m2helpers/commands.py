@@ -76,14 +76,14 @@ def experiments(options) -> None:
 
 
 def _load(options):
-    """The model a command was given (a run, or a base untrained), and the run's codec and settings (None for a base)."""
+    """The model a command was given (a run, or a base untrained), the run (None for a base), and whether to constrain it."""
     from .models import load_base
     from .runs import load_run
 
     if options.run:
         run = load_run(options.run)
-        return run.base, run.codec, run.settings
-    return load_base(options.model), None, None
+        return run.base, run, options.constrained or run.constrained
+    return load_base(options.model), None, options.constrained
 
 
 def evaluate(options) -> None:
@@ -91,13 +91,12 @@ def evaluate(options) -> None:
     from .report import BASELINE_CACHE, results_table
 
     dataset = load_dataset(options.data)
-    base, codec, settings = _load(options)
-    codec = codec or Codec(fit_scale(dataset.part("train")))
+    base, run, constrained = _load(options)
+    codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
     contexts = [options.context] if options.context else P5_CONTEXTS
     protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
     rows = {str(options.run) if options.run else base.name: []}
-    about = dict(run=options.run and str(options.run), seed=settings and settings.seed)
-    about["constrained"] = options.constrained or bool(settings and settings.numeric_head)
+    about = dict(run=options.run and str(options.run), seed=run and run.settings.seed, constrained=constrained)
     for protocol in protocols:
         where = dict(split=options.split, contexts=contexts)
         results = evaluate(base, codec, dataset, protocol, **where, **about)
@@ -113,15 +112,13 @@ def evaluate(options) -> None:
 def forecast(options) -> None:
     from .forecasting import forecast, sample_forecasts
 
-    base, run_codec, _ = _load(options)
+    base, run, constrained = _load(options)
     series = read_series(options.file)
-    if options.scale == "run" and run_codec is None:
+    if options.scale == "run" and run is None:
         raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
-    rows, invalid, how = [], 0, dict(constrained=options.constrained)
+    rows, invalid, how = [], 0, dict(constrained=constrained)
     for index, values in enumerate(series):
-        codec = (
-            run_codec if options.scale == "run" else Codec(fit_scale(values), run_codec.precision if run_codec else 2)
-        )
+        codec = run.codec if options.scale == "run" else Codec(fit_scale(values), run.codec.precision if run else 2)
         if options.samples:
             drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
         else:

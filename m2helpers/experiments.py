@@ -154,6 +154,6 @@ def _measure(
     else:
         run = load_run(folder)
         base, codec, about = run.base, run.codec, dict(run=str(folder), seed=run.settings.seed)
-        about["constrained"] = bool(run.settings.numeric_head)
+        about["constrained"] = run.constrained
     results = [r for p in protocols for r in evaluate(base, codec, dataset, p, split=split, limit=limit, **about)]
     write_json(path, to_json(results))

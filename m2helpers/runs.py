@@ -34,6 +34,11 @@ class Run:
     config: dict
     """All of ``config.json``."""
 
+    @property
+    def constrained(self) -> bool:
+        """Whether its forecasts have to be constrained: a numeric head never learned to leave other characters alone."""
+        return bool(self.settings.numeric_head)
+
 
 def load_run(folder: Path, *, merged: bool = True) -> Run:
     """Load a finished run: its base, its updates, and the codec with its scale.

@@ -68,6 +68,21 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     assert pd.read_csv(out)["step"].tolist() == [1, 2, 3]
 
 
+def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file, tmp_path, monkeypatch):
+    """It never learned to leave the other characters alone: random weights would write them."""
+    monkeypatch.setattr(report, "BASELINE_CACHE", tmp_path / "cache")
+    run, metrics, common = tmp_path / "run", tmp_path / "metrics.json", ["--data", str(data_file)]
+    settings = "--stage initial --max-steps 1 --max-length 64 --eval-windows 2 --numeric-head 1".split()
+    assert main(["train", "--model", str(tiny_folder), "--output-dir", str(run), *common, *settings]) == 0
+    assert main(["evaluate", "--run", str(run), "--protocol", "L20", "--json", str(metrics), *common]) == 0
+    (row,) = json.loads(metrics.read_text())
+    assert row["constrained"] and row["n_valid"] == row["n"] > 0
+    np.savetxt(tmp_path / "own.csv", np.abs(np.sin(np.arange(30)))[:, None], delimiter=",")
+    ahead = ["--steps", "3", "--out", str(tmp_path / "ahead.csv")]
+    assert main(["forecast", str(tmp_path / "own.csv"), "--run", str(run), *ahead]) == 0
+    assert len(pd.read_csv(tmp_path / "ahead.csv")) == 3
+
+
 def test_the_ledger_shows_what_commands_spent(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
     monkeypatch.setattr(report, "BASELINE_CACHE", tmp_path / "cache")
