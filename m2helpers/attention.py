@@ -19,16 +19,27 @@ LEAN = "lean"
 BLOCK = 128  # queries that meet the keys in one product
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of a block of queries (n, group, block, dim) and the keys up to its end (n, stop, dim): (n, group, block, stop)."""
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, peak: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of a block of queries (n, group, block, dim) with the keys up to its end (n, stop, dim): (n, group, block, stop).
+
+    `peak` (n, group, block, 1) is taken off, which no softmax notices. Qwen2's key biases make large scores, and
+    bfloat16 would round their differences away; the product adds in float32 and rounds what is left.
+    """
     n, group, block, dim = query.shape
-    scores = torch.bmm(query.reshape(n, group * block, dim), key.mT).view(n, group, block, -1)
+    rows = query.reshape(n, group * block, dim)
+    if peak is None:
+        scores = torch.bmm(rows, key.mT)
+    else:
+        scores = torch.baddbmm(-peak.reshape(n, group * block, 1), rows, key.mT)
+    scores = scores.view(n, group, block, -1)
     if mask is None:
         future = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
         scores[..., -block:].masked_fill_(future, -torch.inf)
     else:  # a row that may see nothing, of padding, sees everything alike: no division by zero
         scores.view(len(mask), -1, *scores.shape[1:]).masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
+    return scores
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -40,22 +51,25 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        out = torch.empty_like(query)
+        out, peak = torch.empty_like(query), torch.empty_like(query[..., :1])
         for block, stop, seen in _blocks(query, mask):
-            p = _probabilities(query[:, :, block], key[:, :stop], seen)
+            peak[:, :, block] = _scores(query[:, :, block], key[:, :stop], seen).amax(-1, keepdim=True)
+            p = _scores(query[:, :, block], key[:, :stop], seen, peak[:, :, block]).softmax(-1)
             out[:, :, block] = torch.bmm(p.flatten(1, 2), value[:, :stop]).view(out[:, :, block].shape)
-        ctx.save_for_backward(query, key, value, mask, out)
+        ctx.save_for_backward(query, key, value, mask, out, peak)
         return out
 
     @staticmethod
     def backward(ctx, slope):
-        query, key, value, mask, out = ctx.saved_tensors
+        query, key, value, mask, out, peak = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         wide = torch.promote_types(key.dtype, torch.float32)  # the sums over blocks lose nothing
         grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         mean = (slope * out).sum(-1, keepdim=True)  # (n, group, length, 1), the softmax's share of every slope
         for block, stop, seen in _blocks(query, mask):
-            p = _probabilities(query[:, :, block], key[:, :stop], seen)  # (n, group, block, stop)
+            p = _scores(query[:, :, block], key[:, :stop], seen, peak[:, :, block]).softmax(
+                -1
+            )  # (n, group, block, stop)
             slopes = slope[:, :, block].flatten(1, 2)  # (n, group × block, dim)
             grad = torch.bmm(slopes, value[:, :stop].mT).view_as(p).sub_(mean[:, :, block]).mul_(p).flatten(1, 2)
             grad_query[:, :, block] = torch.bmm(grad, key[:, :stop]).view(grad_query[:, :, block].shape)
@@ -96,7 +110,8 @@ def lean_attention(
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if device == "cpu" and kind == torch.bfloat16 and one_mask and not dropout and 1 < new == length:
+    alike = key.shape == value.shape
+    if device == "cpu" and kind == torch.bfloat16 and one_mask and alike and not dropout and 1 < new == length:
         scale = dim**-0.5 if scaling is None else scaling
         stacked = (query * scale).to(kind).reshape(batch * shared, heads // shared, new, dim)
         key, value = (x.to(kind).reshape(batch * shared, length, dim) for x in (key, value))

@@ -263,13 +263,13 @@ def run_benchmark(name: str, dataset: Dataset, record: Path) -> dict:
             measured = BENCHMARKS[name](dataset)
         finally:
             os.environ.pop("M2_LEDGER") if before is None else os.environ.update(M2_LEDGER=before)
-    kept[name] = {
+    kept[place := f"{name}-{choose_device()}".removesuffix("-cpu")] = {
         "about": BENCHMARKS[name].__doc__.strip(),
         "machine": _machine(),
         "date": str(date.today()),
     } | measured
     write_json(record, kept)
-    return kept[name]
+    return kept[place]
 
 
 def _rows(
@@ -300,7 +300,7 @@ def _profile(run: Callable[[], object]) -> dict[str, float]:
     run()
     with torch.profiler.profile() as profiler:
         run()
-    key = "cpu_time_total" if not torch.cuda.is_available() else "device_time_total"
+    key = "device_time_total" if choose_device() == "cuda" else "cpu_time_total"
     spent = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
     for event in profiler.key_averages():
         name, own = event.key.removeprefix("aten::"), getattr(event, f"self_{key}")
@@ -315,7 +315,7 @@ def _profile(run: Callable[[], object]) -> dict[str, float]:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available():
+    if choose_device() == "cuda":
         torch.cuda.synchronize()
 
 
@@ -324,12 +324,12 @@ def _peak_memory(peaks: list[float]):
     """Append the most memory held inside, in GB: the GPU's, or the process's where Linux tells it."""
     gc.collect()
     status = Path("/proc/self/status")
-    if torch.cuda.is_available():
+    if choose_device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif status.exists():
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
     yield
-    if torch.cuda.is_available():
+    if choose_device() == "cuda":
         peaks.append(torch.cuda.max_memory_allocated() / 1e9)
     elif status.exists():
         mark = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -338,7 +338,7 @@ def _peak_memory(peaks: list[float]):
 
 def _machine() -> str:
     """What the figures were measured on."""
-    if torch.cuda.is_available():
+    if choose_device() == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}"
     capabilities = torch.cpu.get_capabilities()
     model = capabilities.get("cpu_name") or platform.machine()

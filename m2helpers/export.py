@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 from .files import UserError, write_text
 from .lora import lora_layers
 from .runs import load_run
+from .text import numeric_tokens
 
 
 def export_run(folder: Path, output_dir: Path) -> None:
     """Write a run's base with the updates merged into it, and its tokenizer, in hub format.
 
     A plain model has no place for the head bias: it travels as `sequence_bias` in the generation settings. So `generate`
-    writes what our own decoding writes, and the logits of a plain forward pass lack the bias.
+    writes what our own decoding writes, and the logits of a plain forward pass lack the bias. Where a numeric head was
+    trained, `generate` is kept to its characters; it has no grammar, so a forecast of its may fail to parse.
 
     Raises
     ------
@@ -29,6 +31,9 @@ def export_run(folder: Path, output_dir: Path) -> None:
         raise UserError(f"{output_dir}: exists already; choose another folder or delete it")
     run = load_run(folder)
     model = _plain(run.base.model)
+    if run.settings.numeric_head:
+        numeric = set(numeric_tokens(run.codec, run.base.tokenizer).tolist())
+        model.generation_config.suppress_tokens = [t for t in range(model.config.vocab_size) if t not in numeric]
     temporary = output_dir.with_name(output_dir.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -91,6 +91,13 @@ def generate(
         raise UserError("a context is empty: give at least one step")
     separator = int(tokenise([codec.step_separator], base.tokenizer)[0][0])
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
+    shortest_step = n_variables * (1 + codec.precision + 1 + bool(codec.precision))
+    needed, window = max(map(len, ids)) + n_steps * shortest_step, base.model.config.max_position_embeddings
+    if needed > window:
+        raise UserError(
+            f"a series of {max(map(len, ids)):,} tokens and {n_steps:,} more steps need at least {needed:,} tokens, and "
+            f"{base.short_name} reads {window:,} at most; give fewer steps of the series, or ask for fewer"
+        )
     adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
     grammar = Grammar(codec, n_variables) if constrained else None
     adapted["vocabulary"] = len(grammar.alphabet) if grammar else None
@@ -101,13 +108,14 @@ def generate(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompt, most = max(len(ids[i]) for i in rows), n_steps * longest_step
-        at_most = generation_cost(base.model.config, len(rows), prompt, most, **adapted)
+        # With rules a pass reads one token of a row, or two where the second is forced in some row.
+        at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
             with attend_lean(base.model):
-                written = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
-            for i, tokens in zip(rows, written, strict=True):
-                cost = generation_cost(base.model.config, 1, prompt, len(tokens), **adapted)
+                written, read = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
+            for i, tokens, n in zip(rows, written, read, strict=True):
+                cost = generation_cost(base.model.config, 1, prompt, n + 1, **adapted)  # the last is never read
                 bill.add("generate", cost)
                 results[i] = Generated(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), cost.flops)
     return results
@@ -120,7 +128,8 @@ class _Rules:
         tokens = numeric_tokens(grammar.codec, base.tokenizer)
         head = base.model.get_output_embeddings()
         self.tokens, self.next, self.forced = tokens.tolist(), grammar.next.tolist(), grammar.forced.tolist()
-        self.weight, self.bias = head.weight[tokens], head.bias[tokens]  # (characters, hidden), (characters,)
+        self.weight = head.weight[tokens]  # (characters, hidden)
+        self.bias = 0 if head.bias is None else head.bias[tokens]  # (characters,)
         self.allowed = torch.from_numpy(grammar.next >= 0).to(base.model.device)  # (states, characters)
 
     def score(self, hidden: torch.Tensor, states: list[int]) -> torch.Tensor:
@@ -139,8 +148,8 @@ def _continue(
     draws: torch.Generator,
     rules: _Rules | None = None,
     states: Sequence[int] = (),
-) -> list[list[int]]:
-    """Token ids written after each prompt, up to and including its last separator.
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids written after each prompt, up to and including its last separator, and how many were read, padding too.
 
     With rules, tokens that may not stand are never chosen, and where one alone may, it joins the token before it
     in the same forward pass. Rows with fewer such tokens are padded on the left, masked like the padding of the prompts.
@@ -149,7 +158,7 @@ def _continue(
     ids, mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
     written: list[list[int]] = [[] for _ in prompts]
-    left = [n_separators] * len(prompts)  # still to write
+    left, read = [n_separators] * len(prompts), [0] * len(prompts)  # separators still to write, tokens read
     states, alive = list(states), list(range(len(prompts)))
     head = base.model.get_output_embeddings()
     hidden, cache = _prefill(base.model, ids, mask, positions)  # (batch, hidden)
@@ -169,13 +178,15 @@ def _continue(
             new.append(tokens)
         keep = [i for i, row in enumerate(alive) if left[row] and len(written[row]) < max_new_tokens]
         if not keep:
-            return written
+            return written, read
         if len(keep) < len(alive):
             cache.batch_select_indices(torch.tensor(keep, device=device))
             alive, new = [alive[i] for i in keep], [new[i] for i in keep]
             mask, positions = mask[keep], positions[keep]
         new_ids, new_mask = left_pad([np.array(tokens) for tokens in new], base.pad_id)  # (alive, most new tokens)
         ids, new_mask = torch.from_numpy(new_ids).to(device), torch.from_numpy(new_mask).to(device)
+        for row in alive:
+            read[row] += ids.shape[1]
         positions = positions[:, -1:] + new_mask.cumsum(1)
         mask = torch.cat([mask, new_mask], dim=1)
         hidden = _read(base.model, cache, ids, mask, positions)

@@ -215,9 +215,13 @@ def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None)
         ) from None
     if isinstance(targets := config["target_modules"], str):
         raise UserError(f"{folder / CONFIG_NAME}: target_modules {targets!r} is a pattern; list the layers' names")
-    for option in ("use_rslora", "alpha_pattern"):  # peft's, and invisible in the weights: they change the scaling
-        if config.get(option):
-            raise UserError(f"{folder / CONFIG_NAME}: {option} is not supported here; load this adapter with peft")
+    # peft's, and invisible in the weights: they change the scaling, the base's own weights, or when the update applies.
+    plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
+    strange = [option for option in ("use_rslora", "alpha_pattern", "alora_invocation_tokens") if config.get(option)]
+    if not plain_start:
+        strange.append("init_lora_weights")
+    if strange:
+        raise UserError(f"{folder / CONFIG_NAME}: {strange[0]} is not supported here; load this adapter with peft")
     made_for = _metadata(path).get("base_sha256")
     if base_sha256 and made_for and made_for != base_sha256:
         raise UserError(

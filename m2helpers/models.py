@@ -17,7 +17,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .files import UserError, checkpoint_folder, sha256_file
@@ -130,7 +138,10 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
         ) from error
     if head_bias:
         add_head_bias(model)
-    model.generation_config.do_sample = False
+    # Without an instruct model's sampling flags and repetition penalty, which are for chat: digits repeat.
+    kept = model.generation_config
+    ends = dict(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, bos_token_id=kept.bos_token_id)
+    model.generation_config = GenerationConfig(do_sample=False, **ends)
     return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
 
 
@@ -171,7 +182,7 @@ class BiasedHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden) → (…, vocab)."""
-        return nn.functional.linear(x, self.weight, self.bias.to(x.dtype))
+        return nn.functional.linear(x, self.weight) + self.bias  # in the wider precision, as in training
 
 
 def add_head_bias(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from m2helpers import forecasting
 from m2helpers.costs import Cost
 from m2helpers.files import UserError
 from m2helpers.flops import generation_flops
 from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
+from m2helpers.grammar import Grammar
 from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
 from m2helpers.settings import LoraSettings
@@ -168,6 +170,30 @@ def test_flops_are_those_of_a_prefill_and_single_tokens(base):
     longest = max(map(len, CONTEXTS))
     assert [g.flops for g in padded] == [generation_flops(config, 1, longest, len(g.text)) for g in padded]
     assert min(g.flops for g in alone) > 0
+
+
+def test_every_token_of_a_pass_is_billed(base, monkeypatch):
+    """Forced tokens join a pass, and rows without one are padded: what is billed is what the passes read."""
+    read, config = [], base.model.config
+    wanted = forecasting._read
+    monkeypatch.setattr(forecasting, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    written = generate(base, CODEC, CONTEXTS, 2, 2, constrained=True, temperature=1.0)
+    prompt = max(map(len, CONTEXTS))
+    assert sum(rows for rows, new in read if new == prompt) == len(CONTEXTS)  # prompts, a few rows at a time
+    passes = [shape for shape in read if shape[1] != prompt]
+    assert {new for _, new in passes} == {1, 2}
+    tokens = [
+        sum(new for rows, new in passes if rows > place) for place in range(len(CONTEXTS))
+    ]  # the longest-lived first
+    how = dict(vocabulary=len(Grammar(CODEC, 2).alphabet))
+    expected = sorted(generation_flops(config, 1, prompt, n + 1, **how) for n in tokens)
+    assert sorted(g.flops for g in written) == expected
+
+
+def test_more_than_a_model_can_read_is_refused(base):
+    limit = base.model.config.max_position_embeddings
+    with pytest.raises(UserError, match=f"reads {limit:,} at most; give fewer steps of the series, or ask for fewer"):
+        generate(base, CODEC, ["1.00;" * (limit // 5)], 1, 1)
 
 
 def test_a_longer_context_costs_more(base, monkeypatch):

@@ -139,6 +139,23 @@ def test_merged_logits_agree(adapted, tiny_base):
     torch.testing.assert_close(_logits(adapted.model), apart, atol=1e-5, rtol=1e-5)
 
 
+def test_merged_and_apart_agree_within_the_rounding_of_a_bfloat16_base(tiny_base):
+    """Merging rounds every weight once to 8 bits, and apart, a layer's output is rounded once more."""
+    torch.manual_seed(0)
+    model = _disturb(apply_lora(tiny_base(dtype="bfloat16").model, replace(SETTINGS, target_modules=ALL_LINEAR)))
+    for _, layer in lora_layers(model):
+        x = torch.randn(50, layer.base.in_features, dtype=torch.bfloat16)
+        with torch.no_grad():
+            apart, base = layer.eval()(x).float(), layer.base(x).float()
+            layer.merge()
+            merged, size = layer(x).float(), x.float().abs() @ layer.base.weight.float().abs().T
+        assert layer.base.weight.dtype == torch.bfloat16
+        half = torch.finfo(torch.bfloat16).eps / 2  # the share by which one rounding can be off
+        rounded = size + base.abs() + (apart - base).abs() + apart.abs() + merged.abs()
+        assert ((merged - apart).abs() <= 1.1 * half * rounded).all()
+        assert ((merged - base).abs() > 3 * half * rounded).float().mean() > 0.5  # the update is far more than that
+
+
 def test_merging_twice_is_merging_once(adapted):
     once = {n: p.detach().clone() for n, p in merge(adapted.model).named_parameters()}
     twice = dict(merge(adapted.model).named_parameters())
@@ -318,8 +335,10 @@ def test_a_damaged_adapter_is_refused(folder, tiny_base, damage, said):
     assert said in message and str(folder) in message
 
 
-@pytest.mark.parametrize("option, value", [("use_rslora", True), ("alpha_pattern", {"q_proj": 4})])
-def test_a_scaling_that_we_do_not_know_is_refused(folder, tiny_base, option, value):
+@pytest.mark.parametrize(
+    "option, value", [("use_rslora", True), ("alpha_pattern", {"q_proj": 4}), ("init_lora_weights", "pissa")]
+)
+def test_an_update_that_works_otherwise_is_refused(folder, tiny_base, option, value):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {option: value}))
     assert f"{option} is not supported" in _refusal(tiny_base(), folder)
