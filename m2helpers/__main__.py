@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--output-dir", type=Path, metavar="DIR", help="default: checkpoint/<base>")
         added.add_argument("--plan", metavar="NAME", help="embedded or qwen2.5-0.5b (default: the base's)")
         added.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+        added.add_argument("--track", choices=TRACKERS, help="log losses there too (default: nowhere)")
         added.add_argument("--seeds", type=int, default=1, help="of the long runs at the end (default: %(default)s)")
         data(added)
         model(added)

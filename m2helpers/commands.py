@@ -67,7 +67,8 @@ def experiments(options) -> None:
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
     plan = find_plan(options.plan) if options.plan else plan_of(options.model)
     plan = replace(plan, seeds=options.seeds)
-    run_plan(plan, options.model, load_dataset(options.data), folder, resume=options.resume, **stages)
+    how = dict(resume=options.resume, track=options.track)
+    run_plan(plan, options.model, load_dataset(options.data), folder, **how, **stages)
     for kind in ("sweep", "ablation"):
         table = sweep_table(folder, kind)
         if len(table):
@@ -156,7 +157,7 @@ def flops(options) -> None:
         total, rest = table["exact"].sum(), further_steps(config, plan, table)
         print(table.to_string(formatters={"share of the cap": "{:.3%}".format}, float_format="{:.4g}".format))
         print(
-            f"all of it: {total:.4g} FLOPs, {total / CAP:.2%} of {CAP:.0e}; the rest buys {rest:,} further steps of the final run"
+            f"all of it: {total:.4g} FLOPs, {total / CAP:.2%} of {CAP:.0e}; the rest buys {rest:,} further steps of its last run"
         )
         return
 

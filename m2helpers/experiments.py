@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from .costs import Cost
 from .data import Dataset
 from .evaluation import PROTOCOLS, evaluate, to_json
 from .files import UserError, read_json, write_json
 from .models import load_base
-from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEPS, Plan, PlannedRun
+from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEP_SERIES, SWEEPS, Plan, PlannedRun, run_cost
 from .runs import is_finished, load_run, settings_sha256
 from .settings import TrainSettings
 from .state import has_state
@@ -19,7 +21,6 @@ from .text import Codec, fit_scale
 from .training import train_lora
 
 WIDENINGS = 2  # times that the grid may grow past an edge
-SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 METRICS_NAME = "metrics.json"
 
 
@@ -31,6 +32,7 @@ def run_plan(
     *,
     stages: Iterable[str] = STAGE_ORDER,
     resume: bool = False,
+    track: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Plan:
     """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
@@ -49,8 +51,10 @@ def run_plan(
         Which parts of the plan to carry out.
     resume : bool
         Go on with runs that were stopped; without it, such a run is an error.
+    track : str, optional
+        Log the losses of every run to this tracker (`tracking.TRACKERS`).
     say : callable
-        Is told what is being done.
+        Is told what is being done, how much of the plan's training is behind, and about how long the rest will take.
 
     Raises
     ------
@@ -60,18 +64,28 @@ def run_plan(
         If the next part does not fit under the cap; what is done stays, to be gone on with.
     """
     output_dir, stages = Path(output_dir), tuple(stages)
-    base_sha256, done, widened = load_base(model).sha256, 0, 0
+    base, done, widened = load_base(model), 0, 0
+    base_sha256, config = base.sha256, base.model.config
+    del base  # every run loads its own
+    price = lambda run: sum(run_cost(config, run.settings), Cost()).flops  # noqa: E731
     if "untrained" in stages:
         _measure(output_dir / "base", model, base_sha256, dataset, PROTOCOLS, say)
     queue = list(plan.runs_of(stages))
+    behind, trained, started = 0, 0, time.monotonic()  # FLOPs of the plan's training: behind us, and done in this call
     while queue:
         run = queue.pop(0)
         if run.stage in FINAL_STAGES and (best := best_of_grid(plan, output_dir)):
             plan = plan.tuned(best)
             run = next(tuned for tuned in plan.runs if tuned.name == run.name)
         done += 1
-        say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps")
-        _run(run, output_dir / run.name, model, base_sha256, dataset, resume, say)
+        ahead = sum(map(price, [run, *queue]))
+        place = f"{behind / (behind + ahead):.0%} of the training behind"
+        if trained:
+            place += f", about {(time.monotonic() - started) * ahead / trained / 60:,.0f} minutes left"
+        say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps; {place}")
+        behind += price(run)
+        if _run(run, output_dir / run.name, model, base_sha256, dataset, resume, track, say):
+            trained += price(run)
         if run.stage in (*SWEEPS, ABLATION):
             few = dict(split="validation", limit=SWEEP_SERIES)
             _measure(output_dir / run.name, None, base_sha256, dataset, ["P5"], say, **few)
@@ -117,18 +131,26 @@ def best_of_grid(plan: Plan, output_dir: Path) -> TrainSettings | None:
 
 
 def _run(
-    run: PlannedRun, folder: Path, model: str, base_sha256: str, dataset: Dataset, resume: bool, say: Callable
-) -> None:
-    """Train a run, or go on with it; leave it as it is when it is finished."""
+    run: PlannedRun,
+    folder: Path,
+    model: str,
+    base_sha256: str,
+    dataset: Dataset,
+    resume: bool,
+    track: str | None,
+    say: Callable,
+) -> bool:
+    """Train a run, or go on with it; leave it as it is when it is finished. Return whether there was something to do."""
     if not is_finished(folder):
         going_on = resume and has_state(folder)
-        train_lora(load_base(model), dataset, run.settings, folder, stage=run.stage, resume=going_on)
-        return
+        train_lora(load_base(model), dataset, run.settings, folder, stage=run.stage, resume=going_on, track=track)
+        return True
     if read_json(folder / "config.json")["settings_sha256"] != settings_sha256(run.settings, dataset, base_sha256):
         raise UserError(
             f"{folder}: holds a finished run with other settings, data or base; choose another --output-dir or delete it"
         )
     say(f"{run.name}: done before")
+    return False
 
 
 def _measure(
@@ -141,12 +163,13 @@ def _measure(
     split: str = "test",
     limit: int | None = None,
 ) -> None:
-    """Write the measurements of a run, or of an untrained base, into its folder, unless they are there."""
+    """Write the measurements of a run, or of an untrained base, into its folder, as far as they are not there."""
     path = folder / METRICS_NAME
-    if path.is_file():
-        made_with = {(row["data_sha256"], row["base_sha256"]) for row in read_json(path)}
-        if made_with != {(dataset.sha256, base_sha256)}:
-            raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
+    rows = read_json(path) if path.is_file() else []
+    if {(row["data_sha256"], row["base_sha256"]) for row in rows} - {(dataset.sha256, base_sha256)}:
+        raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
+    protocols = [p for p in protocols if p not in {row["protocol"] for row in rows if row["split"] == split}]
+    if not protocols:
         return
     say(f"{folder.name}: forecasts of the {split} split")
     if model:
@@ -155,5 +178,6 @@ def _measure(
         run = load_run(folder)
         base, codec, about = run.base, run.codec, dict(run=str(folder), seed=run.settings.seed)
         about["constrained"] = run.constrained
-    results = [r for p in protocols for r in evaluate(base, codec, dataset, p, split=split, limit=limit, **about)]
-    write_json(path, to_json(results))
+    for protocol in protocols:
+        rows += to_json(evaluate(base, codec, dataset, protocol, split=split, limit=limit, **about))
+        write_json(path, rows)

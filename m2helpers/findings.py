@@ -25,7 +25,8 @@ def seeds_table(base: str = "embedded") -> str:
         runs = [{r.context: r.mae for r in from_json(read_json(path)) if r.protocol == "P5"} for path in paths]
         cells = []
         for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
-            cells.append(f"{np.mean(errors):.4f} ({min(errors):.4f}–{max(errors):.4f})")
+            known = [error for error in errors if error is not None]  # none where no forecast was valid
+            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else "none valid")
         if cells:
             lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -73,7 +74,7 @@ def advice(base: str = "embedded") -> str:
     ]
     if control == control:
         points.append(
-            f"**The head bias alone is not enough.** Rank 0 stops at {control:.4f}, rank {rank} comes to {best:.4f} in as many steps."
+            f"**The head bias alone.** Rank 0 comes to {control:.4f}, rank {rank} comes to {best:.4f} in as many steps."
         )
     table = sweep_table(folder).set_index("run")
     runs = {
@@ -82,11 +83,9 @@ def advice(base: str = "embedded") -> str:
     error = f"MAE, S = {P5_CONTEXTS[-1]}"
     if len(runs) > 1 and error in table:
         tried = "; ".join(
-            f"{n} tokens, {row[error]:.4f} for {row['flops']:.2g} FLOPs" for n, row in sorted(runs.items())
+            f"{n} tokens, {_cell(error, row[error])} for {row['flops']:.2g} FLOPs" for n, row in sorted(runs.items())
         )
-        points.append(
-            f"**Windows as long as the contexts to come.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}."
-        )
+        points.append(f"**Length of the windows.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}.")
     changes = sweep_table(folder, ABLATION)
     if not changes.empty:
         changes = changes.assign(change=changes["run"].map(_in_words)).set_index("change")
@@ -135,4 +134,6 @@ def _rows(table: pd.DataFrame, names: list[str]) -> str:
 def _cell(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
+    if value is None or value != value:
+        return "none valid"
     return f"{value:.4f}" if name == "val_loss" or name.startswith("MAE") else f"{value:.4g}"

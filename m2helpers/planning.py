@@ -12,12 +12,13 @@ import pandas as pd
 from .costs import Cost, batch_costs, generation_cost
 from .data import Dataset
 from .evaluation import P5_CONTEXTS, PROTOCOLS, make_cases
-from .files import UserError
+from .files import UserError, checkpoint_folder
 from .flops import CAP
 from .settings import EVERY_LINEAR, STAGES, TrainSettings
 from .text import Codec, fit_scale
 
 SWEEPS = ("grid", "context", "precision")
+SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
 FINAL_STAGES = ("final", "extended")
 STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
@@ -68,6 +69,10 @@ class Plan:
     """Of the long runs at the end, counted from the one that stands in their settings."""
     measured: tuple[str, ...] = ("untrained", "initial", *FINAL_STAGES)
     """Stages whose forecasts are made under every protocol."""
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise UserError(f"seeds {self.seeds}: give 1 or more")
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:
@@ -158,7 +163,7 @@ PLANS = {
 
 def plan_of(base: str) -> Plan:
     """The plan that belongs to a base: the embedded one has its own, any other the published."""
-    return PLANS["embedded" if base == "embedded" else "qwen2.5-0.5b"]
+    return PLANS["embedded" if checkpoint_folder(base).name == "embedded" else "qwen2.5-0.5b"]
 
 
 def find_plan(name: str) -> Plan:
@@ -169,17 +174,22 @@ def find_plan(name: str) -> Plan:
 
 
 def forecast_sizes(
-    dataset: Dataset, protocol: str, contexts: Iterable[int] = P5_CONTEXTS, split: str = "test"
+    dataset: Dataset,
+    protocol: str,
+    contexts: Iterable[int] = P5_CONTEXTS,
+    split: str = "test",
+    limit: int | None = None,
 ) -> Counter[tuple[int, int]]:
-    """How many forecasts of each size a table needs: (tokens of context, tokens to write) → windows.
+    """How many forecasts of each size a table of a split's first `limit` series needs: (tokens of context, tokens to write) → windows.
 
     Each forecast is taken to be as long as its truth.
     """
     codec = Codec(fit_scale(dataset.part("train")))
-    texts = [codec.encode(values) for values in dataset.part(split)]
+    series = dataset.part(split)[:limit]
+    texts = [codec.encode(values) for values in series]
     sizes: Counter[tuple[int, int]] = Counter()
     for context in contexts if protocol == "P5" else [None]:
-        for case in make_cases(dataset.part(split), codec, protocol, context):
+        for case in make_cases(series, codec, protocol, context):
             steps = texts[case.series][case.start + len(case.context) :].split(codec.step_separator)
             written = steps[: case.skip + len(case.truth)]
             sizes[len(case.context), sum(map(len, written)) + len(written)] += 1  # each step with its separator
@@ -214,12 +224,14 @@ def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:
     for protocol in PROTOCOLS:
         sizes += forecast_sizes(dataset, protocol)
     table = table_cost(config, sizes)
+    brief = table_cost(config, forecast_sizes(dataset, "P5", split="validation", limit=SWEEP_SERIES))
     rows = []
     for stage in dict.fromkeys(["untrained", *(run.stage for run in plan.runs)]):
         runs = [run.settings for run in plan.runs if run.stage == stage]
         costs = [run_cost(config, settings) for settings in runs]
         train, validate = (sum((pair[i] for pair in costs), Cost()) for i in (0, 1))
-        generate = table if stage in plan.measured else Cost()
+        each = table if stage in plan.measured else brief if stage in SWEEPS else Cost()
+        generate = each * max(1, len(runs))  # the untrained base is no run
         total = train + validate + generate
         row = {"stage": stage, "runs": len(runs), "steps": sum(settings.max_steps for settings in runs)}
         row |= {"train": train.flops, "validate": validate.flops, "generate": generate.flops}

@@ -23,6 +23,7 @@ from .text import Codec, fit_scale
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_CACHE = ROOT / "data" / "baselines"
 BENCHMARKS = ROOT / "docs" / "benchmarks.json"
+NO_FORECAST = "no valid forecast"
 STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final", "extended": "extended"}
 
 # Qwen2.5-0.5B-Instruct on the course's own data file: P5 (MAE, MSE) by context, as published in a write-up of the course
@@ -37,6 +38,7 @@ PUBLISHED_L50 = {
     "one write-up: 49 of 50 parsed": {"overall": 0.203, "prey": 0.217, "predator": 0.189},
     "the same author's final run": {"overall": 0.974},
 }
+PUBLISHED_L20 = (0.104, 0.0576)  # MAE and MSE of twenty steps after 51, published by another author
 PUBLISHED_TRAINABLE = 242_688  # parameters, for LoRA on q and v of Qwen2.5-0.5B, in one of the same write-ups
 
 
@@ -47,7 +49,7 @@ def recorded_base(stage: str = "initial") -> str:
 
 
 def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
-    """Recorded results of each stage of a base, one a context: ``untrained``, ``initial``, ``final``, as far as they exist.
+    """Recorded results of each stage of a base on the test split, one a context: ``untrained``, ``initial``, ``final``, as far as they exist.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
     for stage, folder in STAGE_FOLDERS.items():
         path = checkpoint_folder(base) / folder / "metrics.json"
         if path.is_file():
-            rows = [row for row in from_json(read_json(path)) if row.protocol == protocol]
+            rows = [row for row in from_json(read_json(path)) if (row.protocol, row.split) == (protocol, "test")]
             results[stage] = sorted(rows, key=lambda row: row.context)
     return results
 
@@ -101,7 +103,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[str] = ()) -> pd.DataFrame:
-    """P5 error with its interval, one row a model and one column a context, and published Qwen rows beneath.
+    """P5 errors, mean absolute with its interval and mean squared, one row a model, and published Qwen rows beneath.
 
     Parameters
     ----------
@@ -110,16 +112,11 @@ def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[st
     published : sequence of str
         Stages of `PUBLISHED` to set beside them.
     """
-    table = {
-        label: {
-            f"S = {r.context}": "no valid forecast" if r.mae is None else f"{r.mae:.4f} ({_interval(r)})" for r in rows
-        }
-        for label, rows in results.items()
-    }
+    table = {label: {f"S = {row.context}": _errors(row) for row in rows} for label, rows in results.items()}
     for stage in published:
         label = f"{stage}: {PUBLISHED_SOURCE}"
-        table[label] = {f"S = {context}": f"{mae:.4f}" for context, (mae, _) in PUBLISHED[stage].items()}
-    return pd.DataFrame(table).T.rename_axis("P5 MAE (95 % interval)", axis=1)
+        table[label] = {f"S = {context}": f"{mae:.4f}; {mse:.4f}" for context, (mae, mse) in PUBLISHED[stage].items()}
+    return pd.DataFrame(table).T.rename_axis("P5 MAE (95 % interval); MSE", axis=1)
 
 
 def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance: float = 1e-3) -> pd.DataFrame:
@@ -162,21 +159,12 @@ def extremes(result: Result) -> dict[str, int]:
     return {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
 
 
-def published_table() -> pd.DataFrame:
-    """The published Qwen2.5-0.5B figures (P5), one row a stage and context."""
-    return pd.DataFrame(
-        {"model": stage, "context": context, "MAE": mae, "MSE": mse}
-        for stage, by_context in PUBLISHED.items()
-        for context, (mae, mse) in by_context.items()
-    )
-
-
 def headline_table(base: str = "embedded") -> str:
     """The front page's table in Markdown: P5 error by stage and context, ours with intervals beside the published."""
     ours, baselines = stage_results(base), baseline_results()
     lines = markdown_header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage, rows in ours.items():
-        cells = [f"**{row.mae:.4f}** ({row.ci_mae[0]:.4f}–{row.ci_mae[1]:.4f})" for row in rows]
+        cells = [NO_FORECAST if row.mae is None else f"**{row.mae:.4f}** ({_interval(row)})" for row in rows]
         lines.append(f"| {base} base, {stage} | {' | '.join(cells)} |")
     for stage, by_context in PUBLISHED.items():
         lines.append(
@@ -184,16 +172,20 @@ def headline_table(base: str = "embedded") -> str:
         )
     for name, rows in baselines.items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
-    for stage, rows in list(ours.items())[1:]:
-        pairs = [(row, verdict(paired_change(row, old))) for row, old in zip(rows, ours["untrained"], strict=True)]
+    untrained = ours.get("untrained", [])
+    for stage, rows in list(ours.items())[1:] if all(row.mae is not None for row in untrained) else []:
+        if any(row.mae is None for row in rows):
+            continue
+        pairs = [(row, verdict(paired_change(row, old))) for row, old in zip(rows, untrained, strict=True)]
         words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
         lines += ["", f"{stage.capitalize()} against untrained, on the windows both got valid: {words}."]
-    seeds = {row.seed for rows in ours.values() for row in rows if row.seed is not None}
+    seeds = 1 + len(list(checkpoint_folder(base).glob("final-seed*/metrics.json")))
+    several = ", of which the first is shown" if seeds > 1 else ""
     valid = sum(row.n_valid for rows in ours.values() for row in rows)
     total = sum(row.n for rows in ours.values() for row in rows)
     lines += [
         "",
-        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {len(seeds)}; "
+        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {seeds}{several}; "
         f"{valid:,} of {total:,} forecasts of ours parsed whole and count.",
     ]
     return "\n".join(lines)
@@ -294,6 +286,14 @@ def fill_pages() -> list[Path]:
             write_text(page, after)
             changed.append(page)
     return changed
+
+
+def _errors(result: Result) -> str:
+    """Both mean errors of a result in a cell."""
+    if result.mae is None:
+        return NO_FORECAST
+    interval = _interval(result)
+    return f"{result.mae:.4f} ({interval}); {result.mse:.4f}" if interval else f"{result.mae:.4f}; {result.mse:.4f}"
 
 
 def _interval(result: Result) -> str:

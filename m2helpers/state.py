@@ -78,6 +78,7 @@ def load_state(
         except UserError:
             raise UserError(f"{error}; delete it and start the run again") from None
         warnings.warn(f"{error}; going on from the save before it, step {record['step']:,}", stacklevel=2)
+        path.unlink(missing_ok=True)  # or the next save would keep it, in the place of the good one
     if {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")} != set(parameters):
         raise UserError(
             f"{path}: belongs to a run with other trained parameters; give that run's settings or another folder"

@@ -225,7 +225,7 @@ class Training:
         (ids,) = tokenise([self.codec.encode(values)], self.base.tokenizer)
         length = settings.max_length
         if settings.random_start:
-            last = max(1, len(ids) - length // 4 + 1)  # so that a window is no mere stub
+            last = max(1, len(ids) - max(2, length // 4) + 1)  # so that a window is no mere stub
             start = draw.integers(last) * draw.integers(2)
             return ids[start : start + length]
         start, stop = draw.choice([w for w in windows(len(ids), length, length) if w[1] - w[0] > 1])

@@ -93,7 +93,8 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = l
     Returns
     -------
     dict
-        `boundaries` and `random`: kills of each kind that hit a living process.
+        `writes`: the write boundaries of an uninterrupted run; `boundaries` and `random`: kills of each kind that hit a
+        living process.
 
     Raises
     ------
@@ -106,7 +107,8 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = l
     assert run(folder, folder / "run") == 0
     seconds = time.monotonic() - started
     files, history = result(folder / "run")
-    writes, draw, hit = int((folder / "run.writes").read_text()), random.Random(seed), {"boundaries": 0, "random": 0}
+    writes, draw = int((folder / "run.writes").read_text()), random.Random(seed)
+    hit = {"writes": writes, "boundaries": 0, "random": 0}
     plans = [("boundaries", dict(kill_at=n)) for n in range(1, writes + 1)]
     plans += [("random", dict(kill_after=draw.random() * seconds)) for _ in range(kills)]
     for number, (kind, plan) in enumerate(plans, 1):

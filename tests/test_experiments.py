@@ -115,6 +115,32 @@ def test_measurements_of_another_base_are_not_taken_over(run, tmp_path):
     assert [row["base_sha256"] for row in read_json(path)] == [row["base_sha256"] for row in rows]
 
 
+def test_measurements_that_are_missing_are_made(run, tmp_path, monkeypatch):
+    """Such as after `evaluate --split validation --json …/metrics.json`, or a plan that was stopped among its forecasts."""
+    run(stages=["untrained"])
+    path = tmp_path / "out" / "base" / "metrics.json"
+    (row,) = read_json(path)
+    write_json(path, [row | {"split": "validation"}])
+    run(stages=["untrained"])
+    assert [found["split"] for found in read_json(path)] == ["validation", "test"]
+    measure = experiments.evaluate
+    named = lambda *a, **o: [replace(found, protocol=a[3]) for found in measure(*a[:3], "P5", **o)]  # noqa: E731
+    monkeypatch.setattr(experiments, "evaluate", named)
+    monkeypatch.setattr(experiments, "PROTOCOLS", ("P5", "L20"))
+    run(stages=["untrained"])
+    assert [found["protocol"] for found in read_json(path)] == ["P5", "P5", "L20"]
+
+
+def test_a_plan_says_how_far_it_is(run):
+    _, said = run(stages=["initial", "context"])
+    runs = [line for line in said if line.startswith("[")]
+    assert "[1/3] initial: 4 steps; 0% of the training behind" in runs[0] and "minutes left" not in runs[0]
+    shares = [int(line.split("; ")[1].split("%")[0]) for line in runs]
+    assert shares == sorted(set(shares)) and all("minutes left" in line for line in runs[1:])
+    _, said = run(stages=["initial", "context"])
+    assert not any("minutes left" in line for line in said)  # nothing was left to do
+
+
 def test_every_shipped_record_belongs_to_the_shipped_base():
     """What the pages show is of one base: nothing is left over from the one before it."""
     folder = checkpoint_folder("embedded")

@@ -72,7 +72,7 @@ def test_advice_is_tied_to_the_records(sweeps, record):
         "spans 0.5000 to 0.6000 in validation loss (best: 0.005)" in said
         and "0.5000 to 0.6600 (best: 8, on the edge" in said
     )
-    assert "Rank 0 stops at 0.8000, rank 8 comes to 0.5000" in said
+    assert "Rank 0 comes to 0.8000, rank 8 comes to 0.5000" in said
     assert "768 tokens, 0.1000 for 2 FLOPs" in said and "worth its price" not in said and "Stop early" not in said
     record("sweep/lr0.01-r8-n512-p2-seed0", 0.4, learning_rate=1e-2, lora_r=8)
     assert "(best: 0.01, on the edge of the grid)" in findings.advice()

@@ -116,7 +116,7 @@ def test_a_plan_is_priced_without_the_network(tmp_path, capsys):
     rows = {row["stage"]: row for row in json.loads(path.read_text())}
     assert list(rows) == ["untrained", "initial", "grid", "context", "precision", "final"]
     assert 0.7 < sum(row["share of the cap"] for row in rows.values()) < 1
-    assert "further steps of the final run" in capsys.readouterr().out
+    assert "further steps of its last run" in capsys.readouterr().out
     assert main(["flops", *model, "--plan", "mine"]) == 1
     assert "choose from embedded, qwen2.5-0.5b" in capsys.readouterr().err
 

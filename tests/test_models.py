@@ -192,6 +192,7 @@ def test_the_environment_names_the_default(tiny_folder, monkeypatch):
 
 def test_embedded_is_the_shipped_folder(tiny_folder, tmp_path, monkeypatch):
     assert files.checkpoint_folder("embedded") == files.CHECKPOINTS / "embedded"
+    assert files.checkpoint_folder(str(files.CHECKPOINTS / "embedded" / "base")) == files.CHECKPOINTS / "embedded"
     assert files.checkpoint_folder("Qwen/Qwen2.5-0.5B-Instruct").name == "Qwen2.5-0.5B-Instruct"
     monkeypatch.setattr(files, "CHECKPOINTS", tmp_path)
     (tmp_path / "embedded").mkdir()

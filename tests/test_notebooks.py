@@ -1,11 +1,12 @@
 """The tool that executes the notebooks, on two throwaway ones."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
 
-from m2helpers.files import UserError, read_json
+from m2helpers.files import UserError, read_json, write_json
 from tools import notebooks
 
 
@@ -64,6 +65,25 @@ def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, 
     assert "tiny" in printed
     if path.stem[0] in "567":
         assert "this page shows th" in printed and "embedded" in printed
+
+
+def test_a_changed_record_changes_the_notebook(tmp_path, monkeypatch):
+    """On a copy of the project: what notebook 5 says of the initial run is read from the run's record."""
+    for name in ("m2helpers", "data", "notebooks", "checkpoint", "docs/notebook_costs.json"):
+        copy = shutil.copytree if (notebooks.ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy(notebooks.ROOT / name, tmp_path / name)
+    record = tmp_path / "checkpoint" / "embedded" / "initial" / "metrics.json"
+    rows = read_json(record)
+    rows[0]["ci_mae"][1] = 0.98765
+    write_json(record, rows)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
+    (path,) = (tmp_path / "notebooks").glob("5_*.ipynb")
+    assert "0.9877" not in path.read_text(encoding="utf-8")
+    notebook, _, _ = notebooks.execute(path)
+    changed = ["0.9877" in json.dumps(cell.get("outputs", [])) for cell in notebook.cells]
+    assert sum(changed) >= 3 and any(changed[-3:])  # its tables, and "What we saw"
 
 
 def test_order_and_costs(tmp_path):

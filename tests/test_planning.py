@@ -1,6 +1,7 @@
 """Plans: their price is that of their parts, and of the forecasts that are really made."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -8,15 +9,18 @@ from m2helpers.architecture import QWEN_05B
 from m2helpers.costs import Cost, forward_cost, generation_cost
 from m2helpers.data import load_dataset
 from m2helpers.evaluation import evaluate
-from m2helpers.files import UserError
+from m2helpers.files import CHECKPOINTS, UserError
 from m2helpers.flops import CAP, training_flops
 from m2helpers.models import load_config
 from m2helpers.planning import (
     PLANS,
+    SWEEP_SERIES,
+    SWEEPS,
     Plan,
     find_plan,
     forecast_sizes,
     further_steps,
+    plan_of,
     plan_table,
     run_cost,
     table_cost,
@@ -53,9 +57,12 @@ def test_a_forecast_as_long_as_its_truth_costs_what_was_planned(tiny_base, small
     base, codec = tiny_base(), Codec(fit_scale(small_data.part("train")))
     sizes = forecast_sizes(small_data, "P5", contexts=[64])
     truths = iter(sorted(sizes.elements()))
-    monkeypatch.setattr(
-        "m2helpers.forecasting._continue", lambda base, prompts, *_: [[26] * next(truths)[1] for _ in prompts]
-    )
+
+    def write(base, prompts, *_):
+        written = [[26] * next(truths)[1] for _ in prompts]
+        return written, [len(tokens) - 1 for tokens in written]  # the last is never read
+
+    monkeypatch.setattr("m2helpers.forecasting._continue", write)
     (result,) = evaluate(base, codec, small_data, "P5", contexts=[64])
     assert result.flops == table_cost(base.model.config, sizes).flops
     assert next(truths, None) is None and sum(sizes.values()) == result.n
@@ -67,11 +74,11 @@ def test_a_plan_is_the_sum_of_its_parts(small_data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m2helpers.planning.PROTOCOLS", ("P5",))
         patch.setattr("m2helpers.planning.P5_CONTEXTS", (64,))
-        patch.setattr("m2helpers.planning.forecast_sizes", lambda *_: {(64, 30): 5})
+        patch.setattr("m2helpers.planning.forecast_sizes", lambda *_, limit=5, **__: {(64, 30): limit})
         table = plan_table(QWEN_05B, plan, small_data)
         rest = further_steps(QWEN_05B, plan, table)
     generate = generation_cost(QWEN_05B, 1, 64, 30).flops * 5
-    assert table["generate"].tolist() == [0, 0, 0, generate]
+    assert table["generate"].tolist() == [0, 0, SWEEP_SERIES * generate // 5, generate]
     assert (table["exact"] == table["train"] + table["validate"] + table["generate"]).all()
     assert (table["course"][1:] > table["exact"][1:]).all()
     assert table["steps"].tolist() == [0, 250, 10, 100]  # the control of rank 0 stands in the grid
@@ -89,6 +96,22 @@ def test_the_presets():
         assert len(grid) == 10 and sum(rank == 0 for _, rank in grid) == 1
     with pytest.raises(UserError, match=r"plan 'mine': choose from embedded, qwen2.5-0.5b"):
         find_plan("mine")
+
+
+def test_the_qwen_preset_is_the_published_one():
+    """In the settings of its runs, whichever field of the plan they come from."""
+    plan = PLANS["qwen2.5-0.5b"]
+    grid, context, precision = ([run.settings for run in plan.runs_of([stage])] for stage in SWEEPS)
+    published = set(product((1e-5, 5e-5, 1e-4), (2, 4, 8)))
+    assert {(s.learning_rate, s.lora_r) for s in grid} == published | {(1e-4, 0)}  # and our control
+    assert [s.max_length for s in context] == [128, 512, 768] and [s.precision for s in precision] == [2, 3]
+    assert {s.max_steps for s in grid + context + precision} == {500}
+    assert {(s.lora_r, s.learning_rate) for s in context + precision} == {(4, 1e-4)}
+    initial, final = (run.settings for run in plan.runs_of(["initial", "final", "extended"]))
+    assert (initial.lora_r, initial.learning_rate, initial.max_length, initial.max_steps) == (4, 1e-4, 512, 1000)
+    assert (final.lora_r, final.max_length, final.max_steps) == (8, 768, 3000)
+    for s in (initial, final, *grid, *context, *precision):
+        assert (s.lora_alpha, s.lora_dropout, s.target_modules) == (16, 0.05, ("q_proj", "v_proj"))
 
 
 def test_the_embedded_plan_stays_under_its_share():
@@ -117,3 +140,10 @@ def test_the_grid_grows_past_the_edge_that_is_best():
     assert low.learning_rates == (2e-6, 1e-5, 5e-5, 1e-4) and low.ranks == (1, 2, 4, 8)
     assert plan.widened(replace(inside, lora_r=0)) == plan  # the control is no edge
     assert low.widened(replace(inside, lora_r=1)).ranks == low.ranks  # nor is there a rank below 1
+
+
+def test_a_base_has_its_plan_and_a_plan_its_seeds():
+    assert plan_of("embedded") is plan_of(str(CHECKPOINTS / "embedded" / "base")) is PLANS["embedded"]
+    assert plan_of("Qwen/Qwen2.5-0.5B-Instruct") is PLANS["qwen2.5-0.5b"]
+    with pytest.raises(UserError, match="seeds 0: give 1 or more"):
+        replace(PLANS["embedded"], seeds=0)

@@ -40,7 +40,16 @@ def test_a_changed_record_changes_the_page(tmp_path, monkeypatch):
     (tmp_path / "initial" / "metrics.json").write_text(json.dumps(rows))
     after = report.fill_blocks(before, {"results": report.headline_table()})
     assert "0.1234" in before and "0.4321" not in before
-    assert "0.4321" in after
+    assert "0.4321" in after and "training seeds: 1;" in after
+    others = [vars(make_result(0.9, context, split="validation")) for context in (128, 512, 768)]
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps(others + rows))
+    assert "0.4321" in report.headline_table() and "0.9000" not in report.headline_table()  # the test split's alone
+    rows = [vars(make_result(None, context)) for context in (128, 512, 768)]
+    (tmp_path / "final-seed1").mkdir()
+    for stage in ("initial", "final-seed1"):
+        (tmp_path / stage / "metrics.json").write_text(json.dumps(rows))
+    table = report.headline_table()
+    assert "| no valid forecast | no valid forecast |" in table and "training seeds: 2, of which the first" in table
 
 
 def test_the_spending_follows_the_ledger(tmp_path, monkeypatch):
@@ -94,7 +103,7 @@ def test_results_table_shows_invalid_forecasts_and_changes():
 
 def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
     table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
-    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200)", "no valid forecast", "0.0726"]
+    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.0400", "no valid forecast", "0.0726; 0.0263"]
     assert "not run here" in table.index[2]
 
 

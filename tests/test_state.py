@@ -127,6 +127,10 @@ def test_a_damaged_state_falls_back_to_the_one_before(state, damage):
     with pytest.warns(UserWarning, match="going on from the save before it, step 2"):
         assert load_state(state.parent, parameters, optimizer) == RECORD
     assert all(torch.equal(parameters[name], before[name]) for name in before)
+    save_state(state.parent, parameters, optimizer, {"step": 4})
+    damage(state)  # once more: the save before it must be the good one still
+    with pytest.warns(UserWarning, match="going on from the save before it, step 2"):
+        assert load_state(state.parent, parameters, optimizer) == RECORD
 
 
 def test_states_are_deleted_together(state):

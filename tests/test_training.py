@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2ForCausalLM, Qwen3Config
 
 from m2helpers import training
 from m2helpers.costs import Cost
@@ -18,7 +20,8 @@ from m2helpers.flops import CAP, forward_account
 from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
-from m2helpers.models import embedded_tokenizer, load_base
+from m2helpers.losses import CHUNK
+from m2helpers.models import Base, add_head_bias, embedded_config, embedded_tokenizer, load_base
 from m2helpers.runs import load_run
 from m2helpers.settings import STAGES, TrainSettings
 from m2helpers.signals import Stopped
@@ -29,6 +32,7 @@ QUICK = TrainSettings(
     lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=7, max_length=48, eval_steps=2, save_steps=3, eval_windows=5
 )
 COLUMNS = ["step", "loss", "val_loss", "learning_rate", "tokens_per_second", "flops"]
+STEADY = [name for name in COLUMNS if name != "tokens_per_second"]
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "history.csv"]
 IDS = torch.arange(10, 27)[None]
 
@@ -76,14 +80,17 @@ def stop_in_step_six(train, monkeypatch):
 
 @pytest.fixture
 def stop_after_a_save(train, monkeypatch):
-    """Trains into a folder and is interrupted right after the first save."""
+    """Trains into a folder and is interrupted right after the first save, or a later one."""
 
-    def stopped(folder, settings=QUICK):
+    def stopped(folder, settings=QUICK, saves=1):
+        done, save = [], training.save_state
+
         def stop(*args):
             save(*args)
-            raise KeyboardInterrupt
+            done.append(args)
+            if len(done) == saves:
+                raise KeyboardInterrupt
 
-        save = training.save_state
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(training, "save_state", stop)
             train(settings, folder)
@@ -104,8 +111,7 @@ def run(tiny_folder, small_data, tmp_path_factory):
 def test_one_seed_gives_one_result(train, run):
     again = train()  # and without a folder
     assert _same(_weights(again.model), _weights(run[1].model))
-    steady = [c for c in COLUMNS if c != "tokens_per_second"]
-    assert again.history[steady].equals(run[1].history[steady])
+    assert again.history[STEADY].equals(run[1].history[STEADY])
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(lora_dropout=0.3), dict(learning_rate=2e-2)])
@@ -168,8 +174,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, stop_
 
     whole_folder, whole = run
     assert _same(_weights(resumed.model), _weights(whole.model))
-    steady = [c for c in COLUMNS if c != "tokens_per_second"]
-    assert resumed.history[steady].equals(whole.history[steady])
+    assert resumed.history[STEADY].equals(whole.history[STEADY])
     for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
         assert (folder / name).read_bytes() == (whole_folder / name).read_bytes(), name
     assert sorted(p.name for p in folder.iterdir()) == FILES
@@ -182,6 +187,31 @@ def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path,
     with pytest.raises(UserError, match="not finished; go on with 'train --resume"):
         load_run(folder)
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
+
+
+def test_an_augmented_and_averaged_run_goes_on_as_if_it_had_not_been_stopped(train, tmp_path, stop_after_a_save):
+    """Its windows are drawn from the seed and the place alone, and the average comes back with the weights."""
+    settings = replace(QUICK, rescale=0.5, random_start=1, average=0.5)
+    stop_after_a_save(tmp_path, settings)
+    resumed, whole = train(settings, tmp_path, resume=True), train(settings)
+    assert _same(_weights(resumed.model), _weights(whole.model))
+    assert resumed.history[STEADY].equals(whole.history[STEADY])
+
+
+def test_a_run_whose_last_save_is_damaged_ends_as_if_it_had_not_been(train, run, tmp_path, stop_after_a_save):
+    """Stopped after the save at step 6, which cannot be read: it goes on from the one at step 3."""
+    folder, (whole_folder, whole) = tmp_path / "run", run
+    stop_after_a_save(folder, saves=2)
+    last = folder / "state.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="going on from the save before it, step 3"):
+        resumed = train(QUICK, folder, resume=True)
+    assert _same(_weights(resumed.model), _weights(whole.model))
+    assert resumed.history[STEADY].equals(whole.history[STEADY])
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    assert (folder / "adapter_model.safetensors").read_bytes() == (
+        whole_folder / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, monkeypatch):
@@ -219,8 +249,7 @@ def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypat
     assert steps[-1] == (during == "a step")  # the validation was not carried to its end
     resumed = train(QUICK, folder, resume=True)
     assert _same(_weights(resumed.model), _weights(run[1].model))
-    steady = [c for c in COLUMNS if c != "tokens_per_second"]
-    assert resumed.history[steady].equals(run[1].history[steady])
+    assert resumed.history[STEADY].equals(run[1].history[STEADY])
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_saved(train, monkeypatch):
@@ -587,25 +616,55 @@ def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
 
 @pytest.mark.parametrize("change", [dict(rescale=0.5), dict(random_start=1), dict(rescale=0.5, random_start=1)])
 def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, change):
-    """Each is a stretch of the text of some training series times one factor; the same place, the same window."""
-    codec, settings = Codec(fit_scale(small_data.part("train"))), replace(QUICK, **change)
+    """Each is a stretch of the text of one training series times one factor; the same place, the same window."""
+    series, settings = small_data.part("train"), replace(QUICK, **change)
+    codec = Codec(fit_scale(series))
     work = training.Training(tiny_base(), small_data, settings, codec)
-    decode = work.base.tokenizer.decode
-    plain = [codec.encode(values) for values in small_data.part("train")]
-    texts = [decode(work.window(place)) for place in range(40)]
-    assert texts == [decode(work.window(place)) for place in range(40)]
+    texts = [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
+    assert texts == [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert all(len(text) <= QUICK.max_length for text in texts) and len(set(texts)) > 20
-    whole = [any(text in series for series in plain) for text in texts]
-    assert all(whole) if not settings.rescale else sum(whole) < 5
-    starts = [series.find(text) for text in texts for series in plain if text in series]
-    assert any(start % QUICK.max_length for start in starts) == bool(settings.random_start) or settings.rescale
+    sources = [series[training._pick(settings.seed, place, len(series))] for place in range(40)]
+    plain = [codec.encode(values) for values in sources]
     if settings.random_start:
         assert min(map(len, texts)) >= QUICK.max_length // 4
-        assert settings.rescale or 0.3 < np.mean([start == 0 for start in starts]) < 0.7
+    if settings.rescale:
+        factors = np.array([f for pair in zip(texts, sources, strict=True) for f in _factor(*pair, codec)])
+        assert len(factors) > 20 and sum(text in whole for text, whole in zip(texts, plain, strict=True)) < 5
+        assert np.exp(-0.52) < factors.min() < 0.8 < 1.25 < factors.max() < np.exp(0.52)  # 0.5, and the rounding
+    else:
+        starts = np.array([whole.index(text) for text, whole in zip(texts, plain, strict=True)])
+        assert 0.3 < np.mean(starts == 0) < 0.7 and (starts % QUICK.max_length > 0).any()
+
+
+def _factor(text, values, codec):
+    """The one factor that makes a stretch of the series what a window says, in a list; none where it holds too little to tell.
+
+    A number written as v, half a last digit up or down, is f · x for every f from (v − half) / x to (v + half) / x.
+    """
+    text = text.partition(codec.step_separator)[2]  # the first step may have been cut
+    written, stop = codec.decode(text, values.shape[1])  # (steps, variables)
+    assert codec.step_separator not in text[stop:]
+    if len(written) < 2:
+        return []
+    half = 0.5001 * 10.0**-codec.precision / codec.scale
+    stretches = np.stack([values[i : i + len(written)] for i in range(len(values) - len(written) + 1)])
+    low, high = ((written - half) / stretches).max((1, 2)), ((written + half) / stretches).min((1, 2))  # (stretches,)
+    assert (low <= high).any(), text
+    return [((low + high) / 2)[np.argmax(high - low)]]
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_activation_checkpointing_runs_a_layer_forward_once_more(tiny_base, small_data, checkpointing):
+    settings, passes = replace(QUICK, gradient_checkpointing=checkpointing), []
+    work = training.Training(tiny_base(), small_data, settings, Codec(1.0))
+    attention = work.base.model.model.layers[1].self_attn  # a hook of the layer itself would not see the second pass
+    attention.register_forward_pre_hook(lambda *_: passes.append("forward"))
+    work.step()
+    assert len(passes) == 1 + checkpointing
 
 
 def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
-    """The layers run forward once more; what is learned is the same."""
+    """What is learned is the same, at the price of the second forward pass."""
     result = train(replace(QUICK, gradient_checkpointing=1))
     assert _same(_weights(result.model), _weights(run[1].model))
     assert any(p.abs().max() > 0 for name, p in _weights(result.model).items() if "lora_B" in name)
@@ -622,6 +681,33 @@ def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_dat
     config, settings = tiny_base().model.config, replace(QUICK, numeric_head=1)
     step = training.Training(tiny_base(), small_data, settings, Codec(1.0)).most(1)["train"]
     assert step.flops == forward_account(config, 3, 48, loss=True, lora_r=2, vocabulary=14).training
+
+
+class _Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor holds that any operation returns, in the backward pass too."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max([self.numbers, *(tensor.numel() for tensor in tensors)])
+        return found
+
+
+def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
+    """The logits of one chunk are the largest there is, in a training step and in a validation."""
+    vocabulary = 4096
+    model = add_head_bias(Qwen2ForCausalLM(embedded_config(**SIZES | dict(vocab_size=vocabulary))))
+    settings = replace(QUICK, batch_size=4, max_length=256, eval_windows=4)
+    base = Base(model, embedded_tokenizer(), "wide", "")
+    work = training.Training(base, long_data, settings, Codec(1.0))
+    one_batch = [work.window(place) for place in range(4)]
+    for do, windows in ((work.step, one_batch), (lambda: work.validate(lambda: False), work.validation)):
+        assert len(windows) == 4 and sum(len(ids) - 1 for ids in windows) > 2 * CHUNK  # positions that are scored
+        with _Largest() as largest:
+            do()
+        assert largest.numbers == CHUNK * vocabulary
 
 
 def test_every_epoch_sees_every_window_once():
