@@ -27,8 +27,9 @@ from m2helpers.state import has_state
 from m2helpers.training import train_lora
 
 SETTINGS = TrainSettings(
-    lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=7, max_length=48, eval_steps=2, save_steps=3, eval_windows=5
-)
+    lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=7, max_length=48, eval_steps=2, save_steps=3, eval_windows=5,
+    average=0.9, rescale=0.5, random_start=1,  # everything that a state or a window depends on
+)  # fmt: skip
 processes = multiprocessing.get_context("forkserver")
 # Its own module cannot be among them: the server of Python 3.11 does not know the paths of this process.
 processes.set_forkserver_preload(["m2helpers.training", "m2helpers.data", "transformers.models.qwen2.modeling_qwen2"])
