@@ -92,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
             "sweep",
             "one part of a plan: learning rate × rank, context length, decimals, or changes to the final setting",
         ),
-        ("experiments", "a whole plan: untrained, initial, grid, context, precision, final, and their measurements"),
+        (
+            "experiments",
+            "a whole plan: untrained, initial, grid, context, precision, final, extended, and their measurements",
+        ),
     ):
         added = command(name, commands.experiments, about)
         if name == "sweep":

@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries: no key is copied for the heads that share it, none after the last query is read.
 
-PyTorch's fused attention has a slow backward pass on CPUs. Here a block of queries meets the keys up to its end as one matrix
-product, which is what bfloat16 arithmetic is fast at.
+PyTorch's fused attention has a slow backward pass on CPUs. Here a block of queries meets the keys up to its end in whole matrix
+products, which is what bfloat16 arithmetic is fast at: once for each query's largest score, once for all scores less that.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         mean = (slope * out).sum(-1, keepdim=True)  # (n, group, length, 1), the softmax's share of every slope
         for block, stop, seen in _blocks(query, mask):
-            p = _scores(query[:, :, block], key[:, :stop], seen, peak[:, :, block]).softmax(
-                -1
-            )  # (n, group, block, stop)
+            # (n, group, block, stop)
+            p = _scores(query[:, :, block], key[:, :stop], seen, peak[:, :, block]).softmax(-1)
             slopes = slope[:, :, block].flatten(1, 2)  # (n, group × block, dim)
             grad = torch.bmm(slopes, value[:, :stop].mT).view_as(p).sub_(mean[:, :, block]).mul_(p).flatten(1, 2)
             grad_query[:, :, block] = torch.bmm(grad, key[:, :stop]).view(grad_query[:, :, block].shape)
@@ -125,7 +124,7 @@ def lean_attention(
         stacked = query.reshape(batch, shared, heads // shared * new, dim)
         mask = attention_mask.repeat(1, 1, heads // shared, 1)  # (batch, 1, heads of a group × new, all)
         out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return out.reshape(batch, heads, new, dim).transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(LEAN, lean_attention)

@@ -154,7 +154,7 @@ def flops(options) -> None:
         table = plan_table(config, plan, load_dataset())
         if options.json:
             write_json(options.json, table.reset_index().to_dict("records"))
-        total, rest = table["exact"].sum(), further_steps(config, plan, table)
+        total, rest = table["exact"].sum(), max(0, further_steps(config, plan, table))
         print(table.to_string(formatters={"share of the cap": "{:.3%}".format}, float_format="{:.4g}".format))
         print(
             f"all of it: {total:.4g} FLOPs, {total / CAP:.2%} of {CAP:.0e}; the rest buys {rest:,} further steps of its last run"

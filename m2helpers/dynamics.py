@@ -157,7 +157,7 @@ def gaussian_process(rng, n, steps):
             1 / (1 + (apart / width) ** 2),  # rational quadratic: many widths at once
             np.exp(-2 * np.sin(np.pi * apart / period) ** 2),
             np.cos(2 * np.pi * apart / period),
-            np.multiply.outer(t - steps / 2, t - steps / 2) / (steps / 2) ** 2 + 0 * period,  # a straight line
+            np.broadcast_to(np.multiply.outer(t - steps / 2, t - steps / 2) / (steps / 2) ** 2, (n, steps, steps)),
         ]
     )
     first, second = rng.permuted(np.tile(np.arange(5), (n, 1)), axis=1)[:, :2].T

@@ -19,7 +19,7 @@ def export_run(folder: Path, output_dir: Path) -> None:
 
     A plain model has no place for the head bias: it travels as `sequence_bias` in the generation settings. So `generate`
     writes what our own decoding writes, and the logits of a plain forward pass lack the bias. Where a numeric head was
-    trained, `generate` is kept to its characters; it has no grammar, so a forecast of its may fail to parse.
+    trained, `generate` is kept to its characters; it has no grammar, so its forecasts may fail to parse.
 
     Raises
     ------
@@ -31,7 +31,7 @@ def export_run(folder: Path, output_dir: Path) -> None:
         raise UserError(f"{output_dir}: exists already; choose another folder or delete it")
     run = load_run(folder)
     model = _plain(run.base.model)
-    if run.settings.numeric_head:
+    if run.constrained:
         numeric = set(numeric_tokens(run.codec, run.base.tokenizer).tolist())
         model.generation_config.suppress_tokens = [t for t in range(model.config.vocab_size) if t not in numeric]
     temporary = output_dir.with_name(output_dir.name + ".part")
@@ -45,7 +45,8 @@ def export_run(folder: Path, output_dir: Path) -> None:
     )
     about = (
         "\nThis folder holds the whole model, the adapter merged into it. The trained bias of the LM head is in "
-        "`generation_config.json` as `sequence_bias`: `generate` adds it, a plain forward pass does not.\n"
+        "`generation_config.json` as `sequence_bias`: `generate` adds it, a plain forward pass does not. Where a numeric "
+        "head was trained, `suppress_tokens` there keeps `generate` to the characters of numbers.\n"
     )
     write_text(temporary / "README.md", card + about)
     temporary.rename(output_dir)

@@ -69,11 +69,10 @@ def read_json(path: str | os.PathLike) -> object:
 
 
 def checkpoint_folder(name: str) -> Path:
-    """Where the runs and the ledger of a base are kept: ``checkpoint/<base>/``, for a folder inside it too."""
+    """Where the runs and the ledger of a base are kept: ``checkpoint/<base>/``, for ``checkpoint/<base>/base`` too."""
     path = Path(name).resolve()
-    if path.is_dir() and CHECKPOINTS in path.parents:
-        return CHECKPOINTS / path.relative_to(CHECKPOINTS).parts[0]
-    return CHECKPOINTS / Path(name).name
+    inside = path.name == "base" and path.parent.parent == CHECKPOINTS
+    return path.parent if inside else CHECKPOINTS / Path(name).name
 
 
 def sha256_file(path: str | os.PathLike) -> str:

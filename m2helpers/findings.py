@@ -22,11 +22,12 @@ def seeds_table(base: str = "embedded") -> str:
     for stage in FINAL_STAGES:
         paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
         paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
-        runs = [{r.context: r.mae for r in from_json(read_json(path)) if r.protocol == "P5"} for path in paths]
+        test = [[r for r in from_json(read_json(path)) if (r.protocol, r.split) == ("P5", "test")] for path in paths]
+        runs = [{r.context: r.mae for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
         cells = []
         for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
             known = [error for error in errors if error is not None]  # none where no forecast was valid
-            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else "none valid")
+            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else "no valid forecast")
         if cells:
             lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -74,7 +75,7 @@ def advice(base: str = "embedded") -> str:
     ]
     if control == control:
         points.append(
-            f"**The head bias alone.** Rank 0 comes to {control:.4f}, rank {rank} comes to {best:.4f} in as many steps."
+            f"**The head bias alone.** Rank 0 ends at {control:.4f}, rank {rank} at {best:.4f} after as many steps."
         )
     table = sweep_table(folder).set_index("run")
     runs = {
@@ -135,5 +136,5 @@ def _cell(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     if value is None or value != value:
-        return "none valid"
+        return "–"  # not measured, or no forecast was valid
     return f"{value:.4f}" if name == "val_loss" or name.startswith("MAE") else f"{value:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,11 +92,11 @@ def generate(
         raise UserError("a context is empty: give at least one step")
     separator = int(tokenise([codec.step_separator], base.tokenizer)[0][0])
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
-    shortest_step = n_variables * (1 + codec.precision + 1 + bool(codec.precision))
-    needed, window = max(map(len, ids)) + n_steps * shortest_step, base.model.config.max_position_embeddings
+    longest, window = max(map(len, ids), default=0), getattr(base.model.config, "max_position_embeddings", math.inf)
+    needed = longest + n_steps * codec.shortest_step(n_variables) - 1  # the last token written is never read
     if needed > window:
         raise UserError(
-            f"a series of {max(map(len, ids)):,} tokens and {n_steps:,} more steps need at least {needed:,} tokens, and "
+            f"a series of {longest:,} tokens and {n_steps:,} more steps need at least {needed:,} tokens, and "
             f"{base.short_name} reads {window:,} at most; give fewer steps of the series, or ask for fewer"
         )
     adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
@@ -107,7 +108,8 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        prompt, most = max(len(ids[i]) for i in rows), n_steps * longest_step
+        prompt = max(len(ids[i]) for i in rows)
+        most = min(n_steps * longest_step, window - prompt + 1)
         # With rules a pass reads one token of a row, or two where the second is forced in some row.
         at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:

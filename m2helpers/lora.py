@@ -216,10 +216,9 @@ def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None)
     if isinstance(targets := config["target_modules"], str):
         raise UserError(f"{folder / CONFIG_NAME}: target_modules {targets!r} is a pattern; list the layers' names")
     # peft's, and invisible in the weights: they change the scaling, the base's own weights, or when the update applies.
-    plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva")
     strange = [option for option in ("use_rslora", "alpha_pattern", "alora_invocation_tokens") if config.get(option)]
-    if not plain_start:
-        strange.append("init_lora_weights")
+    if (start := config.get("init_lora_weights")) not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        strange.append(f"init_lora_weights {start!r}")
     if strange:
         raise UserError(f"{folder / CONFIG_NAME}: {strange[0]} is not supported here; load this adapter with peft")
     made_for = _metadata(path).get("base_sha256")

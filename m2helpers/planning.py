@@ -72,7 +72,7 @@ class Plan:
 
     def __post_init__(self):
         if self.seeds < 1:
-            raise UserError(f"seeds {self.seeds}: give 1 or more")
+            raise UserError(f"--seeds {self.seeds}: give 1 or more")
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:
@@ -163,7 +163,7 @@ PLANS = {
 
 def plan_of(base: str) -> Plan:
     """The plan that belongs to a base: the embedded one has its own, any other the published."""
-    return PLANS["embedded" if checkpoint_folder(base).name == "embedded" else "qwen2.5-0.5b"]
+    return PLANS["embedded" if checkpoint_folder(base) == checkpoint_folder("embedded") else "qwen2.5-0.5b"]
 
 
 def find_plan(name: str) -> Plan:
@@ -218,7 +218,7 @@ def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:
     config
         Architecture of the base, as in `forward_account`.
     dataset : Dataset
-        Whose test split is forecast.
+        Whose test split is forecast, and some of whose validation split by the sweeps (at precision 2).
     """
     sizes: Counter[tuple[int, int]] = Counter()
     for protocol in PROTOCOLS:

@@ -61,7 +61,8 @@ def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
         path = checkpoint_folder(base) / folder / "metrics.json"
         if path.is_file():
             rows = [row for row in from_json(read_json(path)) if (row.protocol, row.split) == (protocol, "test")]
-            results[stage] = sorted(rows, key=lambda row: row.context)
+            if rows:
+                results[stage] = sorted(rows, key=lambda row: row.context)
     return results
 
 
@@ -172,11 +173,11 @@ def headline_table(base: str = "embedded") -> str:
         )
     for name, rows in baselines.items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
-    untrained = ours.get("untrained", [])
-    for stage, rows in list(ours.items())[1:] if all(row.mae is not None for row in untrained) else []:
-        if any(row.mae is None for row in rows):
+    before = {row.context: row for row in ours.get("untrained", []) if row.mae is not None}
+    for stage, rows in ours.items():
+        if stage == "untrained" or any(row.context not in before or row.mae is None for row in rows):
             continue
-        pairs = [(row, verdict(paired_change(row, old))) for row, old in zip(rows, untrained, strict=True)]
+        pairs = [(row, verdict(paired_change(row, before[row.context]))) for row in rows]
         words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
         lines += ["", f"{stage.capitalize()} against untrained, on the windows both got valid: {words}."]
     seeds = 1 + len(list(checkpoint_folder(base).glob("final-seed*/metrics.json")))
@@ -290,10 +291,8 @@ def fill_pages() -> list[Path]:
 
 def _errors(result: Result) -> str:
     """Both mean errors of a result in a cell."""
-    if result.mae is None:
-        return NO_FORECAST
-    interval = _interval(result)
-    return f"{result.mae:.4f} ({interval}); {result.mse:.4f}" if interval else f"{result.mae:.4f}; {result.mse:.4f}"
+    interval = f" ({_interval(result)})" if result.ci_mae else ""
+    return NO_FORECAST if result.mae is None else f"{result.mae:.4f}{interval}; {result.mse:.4f}"
 
 
 def _interval(result: Result) -> str:

@@ -62,14 +62,14 @@ def load_state(
 ) -> dict:
     """Put the last save's weights, moments and best weights back in place and return its record.
 
-    If the last save is damaged or missing, the one before is used, with a warning that says so.
+    If the last save is damaged or missing, the one before is used, with a warning that says so, and the damaged one deleted.
 
     Raises
     ------
     UserError
         If neither file is a whole state, or it belongs to other parameters.
     """
-    path = Path(folder) / STATE_NAME
+    path, damaged = Path(folder) / STATE_NAME, False
     try:
         tensors, record = _read(path)
     except UserError as error:
@@ -78,11 +78,13 @@ def load_state(
         except UserError:
             raise UserError(f"{error}; delete it and start the run again") from None
         warnings.warn(f"{error}; going on from the save before it, step {record['step']:,}", stacklevel=2)
-        path.unlink(missing_ok=True)  # or the next save would keep it, in the place of the good one
+        damaged = True
     if {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")} != set(parameters):
         raise UserError(
             f"{path}: belongs to a run with other trained parameters; give that run's settings or another folder"
         )
+    if damaged:
+        path.unlink(missing_ok=True)  # or the next save would keep it, in the place of the good one
     for name, p in parameters.items():
         with torch.no_grad():
             p.copy_(tensors[f"weight.{name}"])

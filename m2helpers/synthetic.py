@@ -75,6 +75,6 @@ def draw_texts(
         decimals = rng.choice([0, 1, 2, 3], p=[0.03, 0.04, 0.88, 0.05]) if precision is None else precision
         text = Codec(1.0, int(decimals)).encode(series[index])
         start = rng.integers(0, max(1, len(text) - length)) * rng.integers(0, 2)
-        stop = start + (rng.integers(length // 8, length) if rng.random() < SHORTER else length)
+        stop = start + (rng.integers(max(1, length // 8), length) if rng.random() < SHORTER else length)
         texts.append(text[start:stop])
     return texts

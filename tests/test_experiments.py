@@ -33,6 +33,7 @@ def short_series(monkeypatch):
     """The small dataset's series are too short for the protocols as they are."""
     monkeypatch.setattr(experiments, "evaluate", partial(evaluate, contexts=[64]))
     monkeypatch.setattr(experiments, "PROTOCOLS", ("P5",))
+    monkeypatch.setattr(experiments, "P5_CONTEXTS", (64,))
 
 
 @pytest.fixture

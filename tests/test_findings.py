@@ -20,7 +20,8 @@ def record(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps({"settings": SETTINGS | settings}))
         (folder / "history.csv").write_text(f"step,val_loss,flops\n100,0.9,1\n200,{loss},{flops}\n")
         if error is not None:
-            rows = [{"protocol": "P5", "context": context, "mae": error} for context in (128, 512, 768)]
+            about = dict(protocol="P5", split="validation", mae=error)
+            rows = [about | {"context": context} for context in (128, 512, 768)]
             (folder / "metrics.json").write_text(json.dumps(rows))
 
     return write
@@ -49,7 +50,7 @@ def test_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "from_json", lambda rows: [type("Row", (), row) for row in rows])
     for name, mae in {"final": 0.1, "final-seed1": 0.3}.items():
         (tmp_path / name).mkdir()
-        rows = [dict(protocol="P5", context=context, mae=mae) for context in (128, 512, 768)]
+        rows = [dict(protocol="P5", split="test", context=context, mae=mae) for context in (128, 512, 768)]
         (tmp_path / name / "metrics.json").write_text(json.dumps(rows))
     assert findings.seeds_table().splitlines()[2] == "| final | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3
 
@@ -72,7 +73,7 @@ def test_advice_is_tied_to_the_records(sweeps, record):
         "spans 0.5000 to 0.6000 in validation loss (best: 0.005)" in said
         and "0.5000 to 0.6600 (best: 8, on the edge" in said
     )
-    assert "Rank 0 comes to 0.8000, rank 8 comes to 0.5000" in said
+    assert "Rank 0 ends at 0.8000, rank 8 at 0.5000" in said
     assert "768 tokens, 0.1000 for 2 FLOPs" in said and "worth its price" not in said and "Stop early" not in said
     record("sweep/lr0.01-r8-n512-p2-seed0", 0.4, learning_rate=1e-2, lora_r=8)
     assert "(best: 0.01, on the edge of the grid)" in findings.advice()

@@ -145,5 +145,5 @@ def test_the_grid_grows_past_the_edge_that_is_best():
 def test_a_base_has_its_plan_and_a_plan_its_seeds():
     assert plan_of("embedded") is plan_of(str(CHECKPOINTS / "embedded" / "base")) is PLANS["embedded"]
     assert plan_of("Qwen/Qwen2.5-0.5B-Instruct") is PLANS["qwen2.5-0.5b"]
-    with pytest.raises(UserError, match="seeds 0: give 1 or more"):
+    with pytest.raises(UserError, match="--seeds 0: give 1 or more"):
         replace(PLANS["embedded"], seeds=0)
