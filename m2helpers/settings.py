@@ -106,7 +106,7 @@ STAGES = {
         learning_rate=2.5e-3,
         lora_dropout=0.0,
         max_length=1024,
-        max_steps=1800,
+        max_steps=1600,
         rescale=0.7,
         random_start=1,
     ),
