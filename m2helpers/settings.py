@@ -98,7 +98,7 @@ EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=2.5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1200),
+    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1000),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,
@@ -106,7 +106,7 @@ STAGES = {
         learning_rate=2.5e-3,
         lora_dropout=0.0,
         max_length=1024,
-        max_steps=1600,
+        max_steps=1400,
         rescale=0.7,
         random_start=1,
     ),
