@@ -183,10 +183,14 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
 
 
 def plot_grid(ax: Axes, losses: pd.DataFrame) -> None:
-    """Heat map of validation losses, ranks × learning rates; a value that was not tried is left blank."""
-    sns.heatmap(
-        losses, ax=ax, annot=True, fmt=".3f", cmap="viridis_r", cbar_kws={"label": "validation loss\n(nats a token)"}
-    )
+    """Heat map of validation losses, ranks × learning rates; a value that was not tried is left blank.
+
+    Losses a tenth above the best and more share one colour, so that a lost run does not hide what the others differ by.
+    """
+    least, most = losses.min().min(), losses.max().max()
+    bar = {"label": "validation loss\n(nats a token)", "extend": "max" if most > 1.1 * least else "neither"}
+    top = min(most, 1.1 * least)
+    sns.heatmap(losses, ax=ax, annot=True, fmt=".3f", cmap="viridis_r", vmax=top, cbar_kws=bar)
     ax.set(xlabel="learning rate", ylabel="rank")
     ax.grid(False)
     ax.set_xticklabels([f"{rate:g}" for rate in losses.columns])
