@@ -5,6 +5,7 @@ import json
 import pytest
 
 from m2helpers import findings
+from m2helpers.planning import plan_of
 
 SETTINGS = dict(learning_rate=5e-3, lora_r=4, max_length=512, precision=2, seed=0, max_steps=200)
 
@@ -33,8 +34,8 @@ def sweeps(record):
     for (rate, rank), loss in losses.items():
         record(f"sweep/lr{rate:g}-r{rank}-n512-p2-seed0", loss, learning_rate=rate, lora_r=rank)
     record("sweep/lr0.005-r0-n512-p2-seed0", 0.8, lora_r=0)
-    for length, error in {128: 0.3, 512: 0.2, 768: 0.1}.items():
-        record(f"sweep/lr0.005-r4-n{length}-p2-seed0", 0.66, error, max_length=length)
+    for run, error in zip(plan_of("embedded").runs_of(["context"]), (0.3, 0.2, 0.1), strict=True):
+        record(run.name, 0.66, error, max_length=run.settings.max_length)
     return losses
 
 
