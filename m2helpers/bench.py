@@ -263,13 +263,10 @@ def run_benchmark(name: str, dataset: Dataset, record: Path) -> dict:
             measured = BENCHMARKS[name](dataset)
         finally:
             os.environ.pop("M2_LEDGER") if before is None else os.environ.update(M2_LEDGER=before)
-    kept[place := f"{name}-{choose_device()}".removesuffix("-cpu")] = {
-        "about": BENCHMARKS[name].__doc__.strip(),
-        "machine": _machine(),
-        "date": str(date.today()),
-    } | measured
+    entry = {"about": BENCHMARKS[name].__doc__.strip(), "machine": _machine(), "date": str(date.today())} | measured
+    kept[f"{name}-{choose_device()}".removesuffix("-cpu")] = entry  # a GPU's beside the CPU's, not in its place
     write_json(record, kept)
-    return kept[place]
+    return entry
 
 
 def _rows(

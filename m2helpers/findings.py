@@ -10,6 +10,8 @@ from .experiments import sweep_table
 from .files import checkpoint_folder, read_json
 from .planning import ABLATION, AS_PUBLISHED, FINAL_STAGES, plan_of
 
+NO_FORECAST = "no valid forecast"
+
 
 def markdown_header(*names: str) -> list[str]:
     """The first two lines of a table in Markdown."""
@@ -27,7 +29,7 @@ def seeds_table(base: str = "embedded") -> str:
         cells = []
         for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
             known = [error for error in errors if error is not None]  # none where no forecast was valid
-            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else "no valid forecast")
+            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else NO_FORECAST)
         if cells:
             lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import pandas as pd
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
 from .files import UserError, checkpoint_folder, read_json, write_text
-from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .findings import NO_FORECAST, ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .flops import CAP
 from .models import EMBEDDED, default_model
 from .text import Codec, fit_scale
@@ -23,7 +23,6 @@ from .text import Codec, fit_scale
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_CACHE = ROOT / "data" / "baselines"
 BENCHMARKS = ROOT / "docs" / "benchmarks.json"
-NO_FORECAST = "no valid forecast"
 STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final", "extended": "extended"}
 
 # Qwen2.5-0.5B-Instruct on the course's own data file: P5 (MAE, MSE) by context, as published in a write-up of the course

@@ -182,9 +182,8 @@ def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     assert sum(rows for rows, new in read if new == prompt) == len(CONTEXTS)  # prompts, a few rows at a time
     passes = [shape for shape in read if shape[1] != prompt]
     assert {new for _, new in passes} == {1, 2}
-    tokens = [
-        sum(new for rows, new in passes if rows > place) for place in range(len(CONTEXTS))
-    ]  # the longest-lived first
+    # The longest-lived first: a pass of so many rows is one of theirs.
+    tokens = [sum(new for rows, new in passes if rows > place) for place in range(len(CONTEXTS))]
     how = dict(vocabulary=len(Grammar(CODEC, 2).alphabet))
     expected = sorted(generation_flops(config, 1, prompt, n + 1, **how) for n in tokens)
     assert sorted(g.flops for g in written) == expected
