@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SHORTEST_PERIOD, LONGEST_PERIOD = 6.0, 40.0  # samples per cycle, the range that sampling rates are drawn from
+SHORTEST_PERIOD, LONGEST_PERIOD = 8.0, 36.0  # samples per cycle, the range that sampling rates are drawn from
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
@@ -24,7 +24,7 @@ def integrate(field, state: np.ndarray, period, rng: np.random.Generator, steps:
         Takes and returns (dimensions, n).
     state : (dimensions, n)
     period : float or array (n,)
-        The systems' typical period in their own time, so that cycles take between 6 and 40 samples.
+        The systems' typical period in their own time, so that cycles take between 8 and 36 samples.
 
     Returns
     -------
@@ -85,6 +85,43 @@ def duffing(rng, n, steps):
     linear, friction = rng.choice([-1.0, 0.2, 1.0], n), log_uniform(rng, 0.005, 0.2, n)
     field = lambda s: np.stack([s[1], -linear * s[0] - s[0] ** 3 - friction * s[1]])  # noqa: E731
     return integrate(field, rng.uniform(-2, 2, (2, n)), 5.0, rng, steps, 8)
+
+
+def goodwin(rng, n, steps):
+    """A product that shuts off its own making two stages earlier (Goodwin 1965), damped or barely cycling."""
+    power, strength = rng.uniform(3, 12, n), log_uniform(rng, 1, 20, n)
+    loss = rng.uniform(0.4, 1.2, (3, n))
+
+    def field(s):
+        made = np.stack([strength / (1 + np.maximum(s[2], 0) ** power), s[0], s[1]])
+        return made - loss * s
+
+    return integrate(field, rng.uniform(0, 2.5, (3, n)), 4.5, rng, steps)
+
+
+def repressilator(rng, n, steps):
+    """Three genes that repress one another in a ring (Elowitz and Leibler 2000)."""
+    strength, power = log_uniform(rng, 2, 30, n), rng.uniform(1.5, 4, n)
+    field = lambda s: strength / (1 + np.maximum(np.roll(s, 1, axis=0), 0) ** power) - s  # noqa: E731
+    return integrate(field, rng.uniform(0, 2, (3, n)), 4.5, rng, steps)
+
+
+def gierer_meinhardt(rng, n, steps):
+    """An activator that makes itself and its inhibitor (Gierer and Meinhardt 1972), well mixed."""
+    leak, loss = log_uniform(rng, 0.02, 0.3, n), rng.uniform(0.6, 1.3, n)
+    field = lambda s: np.stack([s[0] ** 2 / s[1] - s[0] + leak, loss * (s[0] ** 2 - s[1])])  # noqa: E731
+    return integrate(field, rng.uniform(0.5, 1.6, (2, n)), 6.5 / np.sqrt(loss), rng, steps, 12)
+
+
+def lengyel_epstein(rng, n, steps):
+    """Iodide and chlorite (Lengyel and Epstein 1991), well mixed, near the edge between rest and cycle."""
+    feed = rng.uniform(8.5, 14, n)
+    rest = feed / 5  # of iodide
+    rate = (3 * rest - 5 / rest) * rng.uniform(0.75, 1.15, n)  # 1 is the edge
+    pair = lambda s: s[0] * s[1] / (1 + s[0] ** 2)  # noqa: E731
+    field = lambda s: np.stack([feed - s[0] - 4 * pair(s), rate * (s[0] - pair(s))])  # noqa: E731
+    start = np.stack([rest, 1 + rest**2]) * rng.uniform(0.5, 1.7, (2, n))
+    return integrate(field, start, 6.3 / np.sqrt(rate * 5 * rest / (1 + rest**2)), rng, steps, 14)
 
 
 def two_species_competition(rng, n, steps):

@@ -15,14 +15,18 @@ from .dynamics import (
     epidemic,
     fitzhugh_nagumo,
     gaussian_process,
+    gierer_meinhardt,
+    goodwin,
     growth_and_decay,
     integrate,
+    lengyel_epstein,
     log_uniform,
     lorenz,
     modulated_oscillations,
     noise_with_memory,
     pendulum,
     phases,
+    repressilator,
     rossler,
     smooth_random,
     steps_and_spikes,
@@ -125,16 +129,29 @@ def limit_cycle_normal_form(rng, n, steps):
 
 
 @_family
-def negative_feedback(rng, n, steps):
-    """A product that shuts off its own making two stages earlier (Goodwin 1965), damped or barely cycling."""
-    power, strength = rng.uniform(3, 12, n), log_uniform(rng, 1, 20, n)
-    loss = rng.uniform(0.4, 1.2, (3, n))
+def nonlinear_oscillators(rng, n, steps):
+    """A weight whose speed bends with its momentum, on a spring that bends too: smooth rising curves drawn at random."""
+    height, knee = np.abs(rng.normal(0, 1, (2, 4, n))), rng.normal(0, 1.2, (2, 4, n))
+    slope, friction = log_uniform(rng, 0.4, 2, (2, 4, n)), log_uniform(rng, 0.003, 0.1, n)
 
-    def field(s):
-        made = np.stack([strength / (1 + np.maximum(s[2], 0) ** power), s[0], s[1]])
-        return made - loss * s
+    def curve(i, x):
+        rise = np.tanh(slope[i] * (x - knee[i])) + np.tanh(slope[i] * knee[i])  # (4, n), nought at nought
+        return 1.5 * (height[i] * rise).sum(0) / height[i].sum(0)
 
-    return integrate(field, rng.uniform(0, 2.5, (3, n)), 4.5, rng, steps)
+    field = lambda s: np.stack([curve(0, s[1]), -curve(1, s[0])]) - friction * s  # noqa: E731
+    return integrate(field, rng.normal(0, 1, (2, n)), 6.3, rng, steps)
+
+
+@_family
+def feedback_loops(rng, n, steps):
+    """Products that shut off their own making, or one another's, a few stages away: damped or cycling."""
+    return _pool([goodwin, repressilator], rng, n, steps)
+
+
+@_family
+def activator_inhibitor(rng, n, steps):
+    """Reactions of which one product speeds up its own making and that of its brake, damped or cycling."""
+    return _pool([gierer_meinhardt, lengyel_epstein], rng, n, steps)
 
 
 @_family
@@ -169,29 +186,16 @@ def schnakenberg(rng, n, steps):
 
 
 @_family
-def repressilator(rng, n, steps):
-    """Three genes that repress one another in a ring (Elowitz and Leibler 2000)."""
-    strength, power = log_uniform(rng, 2, 30, n), rng.uniform(1.5, 4, n)
-    field = lambda s: strength / (1 + np.maximum(np.roll(s, 1, axis=0), 0) ** power) - s  # noqa: E731
-    return integrate(field, rng.uniform(0, 2, (3, n)), 4.5, rng, steps)
-
-
-@_family
 def chaotic_flows(rng, n, steps):
     """Lorenz's convection, Rössler's band, and feedback that comes late."""
     return _pool([lorenz, rossler, delayed_feedback], rng, n, steps)
 
 
 @_family
-def transients(rng, n, steps):
-    """Ways to a rest: growth and decay, two species in competition, epidemics."""
-    return _pool([growth_and_decay, two_species_competition, epidemic], rng, n, steps)
-
-
-@_family
-def random_processes(rng, n, steps):
-    """What no equation foretells: Gaussian processes, autoregressive noise, trends with seasons, steps and spikes."""
-    return _pool([gaussian_process, noise_with_memory, trend_and_season, steps_and_spikes], rng, n, steps)
+def without_cycles(rng, n, steps):
+    """Ways to a rest, and what no equation foretells: growth, competition, epidemics; random processes, steps and spikes."""
+    rests = [growth_and_decay, two_species_competition, epidemic]
+    return _pool([*rests, gaussian_process, noise_with_memory, trend_and_season, steps_and_spikes], rng, n, steps)
 
 
 def _product(rng, n, steps):
@@ -207,8 +211,19 @@ def products(rng, n, steps):
     return _pool([modulated_oscillations, _product], rng, n, steps)
 
 
+def _exponential(systems: list[Family], rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
+    """Exponentials of systems, scaled at random: what a measure shows on the other side of a logarithm."""
+    x = _pool(systems, rng, n, steps)
+    return np.exp(log_uniform(rng, 0.3, 2.0, (n, 1, 1)) * x / np.abs(x).max(axis=(1, 2), keepdims=True))
+
+
+@_family
+def exponential_springs(rng, n, steps):
+    """Exponentials of pendulums and springs."""
+    return _exponential([pendulum, duffing], rng, n, steps)
+
+
 @_family
 def exponential_systems(rng, n, steps):
-    """Exponentials of mechanical systems: what a measure shows on the other side of a logarithm."""
-    x = _pool([pendulum, duffing, van_der_pol, limit_cycle_normal_form, linear_systems], rng, n, steps)
-    return np.exp(log_uniform(rng, 0.3, 2.0, (n, 1, 1)) * x / np.abs(x).max(axis=(1, 2), keepdims=True))
+    """Exponentials of linear systems, spirals and relaxation oscillators."""
+    return _exponential([linear_systems, limit_cycle_normal_form, van_der_pol], rng, n, steps)

@@ -44,7 +44,7 @@ class PretrainSettings:
 
     tokens: int = 8_500_000
     """Length of the schedule: tokens seen in all."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Texts a step."""
     max_length: int = 1024
     """Tokens a text."""

@@ -35,17 +35,17 @@ def draw_series(rng: np.random.Generator, n: int, steps: int, family: str) -> li
 
 def _dress(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     """Choose variables, and give each a level, a scale and perhaps noise."""
-    n_variables = rng.choice([1, 2, 3], p=[0.07, 0.83, 0.1])
+    n_variables = rng.choice([1, 2, 3], p=[0.06, 0.88, 0.06])
     x = (x - x.min(axis=0)) / np.ptp(x, axis=0)  # (steps, dimensions), each in 0…1
     columns = [x[:, i] for i in rng.permutation(x.shape[1])]
-    while len(columns) < n_variables or rng.random() < 0.1:  # a mixture as a further variable
+    while len(columns) < n_variables or rng.random() < 0.07:  # a mixture as a further variable
         columns.insert(0, np.clip(x @ rng.dirichlet(np.ones(x.shape[1])), 0, 1))
-    y = np.stack([c if rng.random() < 0.9 else 1 - c for c in columns[:n_variables]], axis=1)  # (steps, variables)
+    y = np.stack([c if rng.random() < 0.95 else 1 - c for c in columns[:n_variables]], axis=1)  # (steps, variables)
     low = rng.choice([0, 0.02, 0.1, 0.5], (1, n_variables))  # how far lows stay off zero, at most
     y = y + low * rng.random((1, n_variables))
-    if rng.random() < 0.1:
+    if rng.random() < 0.07:
         y = y - rng.random((1, n_variables))  # negative values too
-    if rng.random() < 0.03:
+    if rng.random() < 0.02:
         y = y + log_uniform(rng, 0.002, 0.05, 1) * rng.normal(0, 1, y.shape)
     scale = log_uniform(rng, 1.2, 16, 1) * log_uniform(rng, 0.15, 1.5, n_variables) ** rng.choice([0, 1])
     return np.clip(y * scale, -999, 999)
@@ -72,7 +72,7 @@ def draw_texts(
     series = [s for name in families for s in draw_series(rng, share, steps, name)]
     texts = []
     for index in rng.permutation(len(series))[:n]:
-        decimals = rng.choice([0, 1, 2, 3], p=[0.03, 0.04, 0.88, 0.05]) if precision is None else precision
+        decimals = rng.choice([0, 1, 2, 3], p=[0.02, 0.03, 0.91, 0.04]) if precision is None else precision
         text = Codec(1.0, int(decimals)).encode(series[index])
         start = rng.integers(0, max(1, len(text) - length)) * rng.integers(0, 2)
         stop = start + (rng.integers(max(1, length // 8), length) if rng.random() < SHORTER else length)
