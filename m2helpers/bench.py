@@ -34,7 +34,7 @@ from .settings import TrainSettings
 from .text import Codec, fit_scale, tokenise
 from .training import Training
 
-ROUNDS = 2  # turns of each side
+ROUNDS = 3  # turns of each side
 STEPS, STEPS_EMBEDDED = 2, 20  # timed in a turn, after one to warm up
 SETTINGS = TrainSettings(lora_r=8, batch_size=4, max_length=512)
 ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"

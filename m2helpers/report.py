@@ -173,12 +173,15 @@ def headline_table(base: str = "embedded") -> str:
     for name, rows in baselines.items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
     before = {row.context: row for row in ours.get("untrained", []) if row.mae is not None}
+    verdicts = []
     for stage, rows in ours.items():
         if stage == "untrained" or any(row.context not in before or row.mae is None for row in rows):
             continue
         pairs = [(row, verdict(paired_change(row, before[row.context]))) for row in rows]
         words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
-        lines += ["", f"{stage.capitalize()} against untrained, on the windows both got valid: {words}."]
+        verdicts.append(f"{stage.capitalize()} against untrained: {words}.")
+    if verdicts:
+        lines += ["", f"On the windows both got valid: {' '.join(verdicts)}"]
     seeds = 1 + len(list(checkpoint_folder(base).glob("final-seed*/metrics.json")))
     several = ", of which the first is shown" if seeds > 1 else ""
     valid = sum(row.n_valid for rows in ours.values() for row in rows)
