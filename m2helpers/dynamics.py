@@ -118,8 +118,11 @@ def lengyel_epstein(rng, n, steps):
     feed = rng.uniform(8.5, 14, n)
     rest = feed / 5  # of iodide
     rate = (3 * rest - 5 / rest) * rng.uniform(0.75, 1.15, n)  # 1 is the edge
-    pair = lambda s: s[0] * s[1] / (1 + s[0] ** 2)  # noqa: E731
-    field = lambda s: np.stack([feed - s[0] - 4 * pair(s), rate * (s[0] - pair(s))])  # noqa: E731
+
+    def field(s):
+        pair = s[0] * s[1] / (1 + s[0] ** 2)
+        return np.stack([feed - s[0] - 4 * pair, rate * (s[0] - pair)])
+
     start = np.stack([rest, 1 + rest**2]) * rng.uniform(0.5, 1.7, (2, n))
     return integrate(field, start, 6.3 / np.sqrt(rate * 5 * rest / (1 + rest**2)), rng, steps, 14)
 

@@ -133,10 +133,11 @@ def nonlinear_oscillators(rng, n, steps):
     """A weight whose speed bends with its momentum, on a spring that bends too: smooth rising curves drawn at random."""
     height, knee = np.abs(rng.normal(0, 1, (2, 4, n))), rng.normal(0, 1.2, (2, 4, n))
     slope, friction = log_uniform(rng, 0.4, 2, (2, 4, n)), log_uniform(rng, 0.003, 0.1, n)
+    rest, whole = np.tanh(slope * knee), height.sum(axis=1)  # (2, 4, n) and (2, n)
 
     def curve(i, x):
-        rise = np.tanh(slope[i] * (x - knee[i])) + np.tanh(slope[i] * knee[i])  # (4, n), nought at nought
-        return 1.5 * (height[i] * rise).sum(0) / height[i].sum(0)
+        rise = np.tanh(slope[i] * (x - knee[i])) + rest[i]  # (4, n), nought at nought
+        return 1.5 * (height[i] * rise).sum(0) / whole[i]
 
     field = lambda s: np.stack([curve(0, s[1]), -curve(1, s[0])]) - friction * s  # noqa: E731
     return integrate(field, rng.normal(0, 1, (2, n)), 6.3, rng, steps)
