@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"{error.filename}: {error.strerror}; check name and disk")
         return 1
     except KeyboardInterrupt:
-        tell("stopped; --resume goes on from the last save")
+        tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
     return 0
 

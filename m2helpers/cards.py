@@ -42,7 +42,8 @@ The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tok
 
 ## Mixture
 
-An equal mixture of {len(record["loss_by_family"])} families{"; the sittings before drew from the mixture as it was then" if start else ""}. Validation loss of each, in nats a token:
+An equal mixture of {len(record["loss_by_family"])} families{"; the sittings before drew from the mixture as it was then" if start else ""}. No predator–prey system is among them;
+which families there are was chosen with such series in view, by how well their gradients agree with that of the validation split. Validation loss of each, in nats a token:
 
 | family | loss |
 |---|---|

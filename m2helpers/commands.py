@@ -98,14 +98,14 @@ def evaluate(options) -> None:
     protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
     rows = {str(options.run) if options.run else base.name: []}
     about = dict(run=options.run and str(options.run), seed=run and run.settings.seed, constrained=constrained)
+    where = dict(split=options.split, contexts=contexts)
     for protocol in protocols:
-        where = dict(split=options.split, contexts=contexts)
-        results = evaluate(base, codec, dataset, protocol, **where, **about)
-        next(iter(rows.values())).extend(results)
+        next(iter(rows.values())).extend(evaluate(base, codec, dataset, protocol, **where, **about))
+    if options.json:  # before the baselines: a fit that is stopped loses no measurement
+        write_json(options.json, to_json(next(iter(rows.values()))))
+    for protocol in protocols:
         for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
             rows.setdefault(row.model, []).append(row)
-    if options.json:
-        write_json(options.json, to_json(next(iter(rows.values()))))
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.float_format", "{:.4f}".format):
         print(results_table(rows, reference=None).to_string(index=False))
 
@@ -122,12 +122,13 @@ def forecast(options) -> None:
         codec = run.codec if options.scale == "run" else Codec(fit_scale(values), run.codec.precision if run else 2)
         if options.samples:
             drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
+            invalid += options.samples - len(drawn)
         else:
             drawn = forecast(base, codec, [values], options.steps, **how)[0].values[np.newaxis]
             invalid += len(drawn[0]) < options.steps
         for sample, path in enumerate(drawn):
             for step, point in enumerate(path):
-                rows.append([index, sample, step + 1, *np.round(point, 6)])
+                rows.append([index, sample, step + 1, *(float(f"{x:.9g}") for x in point)])
     names = [f"variable_{i}" for i in range(series.shape[2])]
     with atomic_path(options.out) as temporary:
         pd.DataFrame(rows, columns=["series", "sample", "step", *names]).to_csv(temporary, index=False)

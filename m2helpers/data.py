@@ -244,7 +244,9 @@ def _read_csv(path: Path) -> np.ndarray:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as CSV ({reason}); give comma-separated text or HDF5") from None
     numbers = cells.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    if numbers.iloc[0].isna().all() and cells.iloc[0].notna().any():  # a header: text, and no number
+    text = numbers.iloc[0].isna().all() and cells.iloc[0].notna().any()
+    counted = pd.isna(cells.iloc[0, 0]) and cells.iloc[0, 1:].tolist() == [str(i) for i in range(cells.shape[1] - 1)]
+    if text or counted:  # a header: text and no number, or the one pandas writes for columns without names
         first_name = str(cells.iloc[0].fillna("")[0]).strip().lower()
         numbers = numbers.iloc[1:]
         if first_name in ("time", "t", ""):

@@ -220,7 +220,8 @@ def evaluate_baselines(
         cases = make_cases(trajectories, codec, protocol, context)
         known = [_numeric_context(codec, case, trajectories.shape[2]) for case in cases]
         steps = [case.skip + len(case.truth) for case in cases]
-        key = f"{protocol}-{split}-{context}-{dataset.sha256[:16]}"
+        decimals = "" if codec.precision == 2 else f"-p{codec.precision}"  # other texts hold other contexts
+        key = f"{protocol}-{split}-{context}{decimals}-{dataset.sha256[:16]}"
         forecasts = run_baselines(list(zip(known, steps, strict=True)), dt, cache, key, progress=True)
         for name in BASELINES:
             compared = [f[case.skip :] for f, case in zip(forecasts[name], cases, strict=True)]
@@ -255,7 +256,7 @@ def score(cases: Sequence[Case], forecasts: Sequence[np.ndarray]) -> dict:
     ]
     valid = [e for e in errors if e is not None]
     series = [c.series for c in cases]
-    window_mae = [None if e is None else round(float(np.abs(e).mean()), 6) for e in errors]
+    window_mae = [None if e is None else float(f"{np.abs(e).mean():.6g}") for e in errors]
     measured = dict(n=len(cases), n_valid=len(valid), window_mae=window_mae, series=series)
     if not valid:
         return measured | dict.fromkeys(("mse", "rmse", "mae", "mae_per_variable", "per_step_mae", "ci_mae"))
@@ -272,19 +273,26 @@ def score(cases: Sequence[Case], forecasts: Sequence[np.ndarray]) -> dict:
 
 
 def bootstrap(
-    window_values: Sequence[float | None], series: Sequence[int], n_resamples: int = 2000, seed: int = 0
+    window_values: Sequence[float | None],
+    series: Sequence[int],
+    against: Sequence[float] | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95 % interval of a mean over windows, by resampling whole series: windows of one series are not independent.
+
+    With `against`, other values of the same windows, it is the interval of the ratio of the two means.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; percentile interval, clustered by series.
     """
     sums: dict[int, list[float]] = {}
-    for value, index in zip(window_values, series, strict=True):
+    beneath = [1.0] * len(series) if against is None else against
+    for value, index, other in zip(window_values, series, beneath, strict=True):
         if value is not None:
-            total = sums.setdefault(index, [0.0, 0])
+            total = sums.setdefault(index, [0.0, 0.0])
             total[0] += value
-            total[1] += 1
-    table = np.array(list(sums.values()))  # (series, 2): sum and count
+            total[1] += other
+    table = np.array(list(sums.values()))  # (series, 2): sum of the values, and their number or sum of the others
     picks = np.random.default_rng(seed).integers(0, len(table), (n_resamples, len(table)))
     totals = table[picks].sum(axis=1)  # (resamples, 2)
     low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
@@ -311,10 +319,8 @@ def paired_change(result: Result, reference: Result) -> tuple[float, float, floa
     ]
     if not rows:
         raise UserError(f"{result.model} and {reference.model}: no window where both gave a valid forecast to compare")
-    ours, theirs, series = (np.array(column) for column in zip(*rows, strict=True))
-    level = theirs.mean()
-    low, high = bootstrap(list(ours - theirs), list(series))
-    return tuple(100 * float(x) / float(level) for x in ((ours - theirs).mean(), low, high))
+    ours, theirs, series = zip(*rows, strict=True)
+    return tuple(100 * (ratio - 1) for ratio in (sum(ours) / sum(theirs), *bootstrap(ours, series, theirs)))
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:

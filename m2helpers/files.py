@@ -72,7 +72,7 @@ def checkpoint_folder(name: str) -> Path:
     """Where the runs and the ledger of a base are kept: ``checkpoint/<base>/``, for ``checkpoint/<base>/base`` too."""
     path = Path(name).resolve()
     inside = path.name == "base" and path.parent.parent == CHECKPOINTS
-    return path.parent if inside else CHECKPOINTS / Path(name).name
+    return path.parent if inside else CHECKPOINTS / Path(os.path.abspath(name)).name
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -114,8 +114,12 @@ def generate(
         at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), **adapted)
         with ledger.reserve(base.spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
-            with attend_lean(base.model):
-                written, read = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
+            try:
+                with attend_lean(base.model):
+                    written, read = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
+            except BaseException:  # stopped, or out of memory: nobody knows how far it got
+                bill.add("generate", at_most)
+                raise
             for i, tokens, n in zip(rows, written, read, strict=True):
                 cost = generation_cost(base.model.config, 1, prompt, n + 1, **adapted)  # the last is never read
                 bill.add("generate", cost)
@@ -262,8 +266,10 @@ def sample_forecasts(
     Raises
     ------
     UserError
-        If none of them parses.
+        If none of them parses, or none is asked for.
     """
+    if n_samples < 1:
+        raise UserError(f"cannot draw {n_samples} samples: ask for at least 1")
     drawn = forecast(base, codec, [series] * n_samples, steps, temperature=temperature, seed=seed, **options)
     valid = [f.values for f in drawn if f.valid]
     if not valid:

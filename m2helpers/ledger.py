@@ -164,6 +164,10 @@ class Ledger:
             with closing(sqlite3.connect(temporary)) as database:
                 database.executescript(_SCHEMA)
             os.link(temporary, self.path)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"{self.path}: the ledger cannot be written ({error}); free its folder, or set M2_LEDGER to another file"
+            ) from None
         except OSError:  # another process was faster, or the disk knows no links
             if not self.path.exists():
                 os.replace(temporary, self.path)

@@ -137,7 +137,7 @@ ABLATIONS = {
     "every linear layer": _EVERY_LAYER,
     "every linear layer rank 16": _EVERY_LAYER | _RANK_16,
     "every linear layer rank 16 faster": _EVERY_LAYER | _RANK_16 | dict(learning_rate=4e-3),
-    "rescaled series": dict(rescale=0.7),
+    "rescaled series": dict(rescale=STAGES["extended"].rescale),
     "windows anywhere": dict(random_start=1),
     "no dropout": dict(lora_dropout=0.0),
     "averaged weights": dict(average=0.98),
@@ -150,9 +150,9 @@ PLANS = {
         STAGES["initial"],
         STAGES["final"],
         extended=STAGES["extended"],
-        learning_rates=(2.5e-3, 5e-3, 1e-2),
+        learning_rates=(5e-3, 1e-2, 2e-2),
         long_rate=0.25,  # at half of the best of a grid and more, three long runs lost their way within 300 steps
-        sweep_steps=150,
+        sweep_steps=100,
         ablations=ABLATIONS,
     ),
     "qwen2.5-0.5b": Plan(  # as published

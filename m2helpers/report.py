@@ -94,7 +94,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
                 row |= dict(zip(("MAE prey", "MAE predator"), result.mae_per_variable, strict=True))
             row["valid"] = f"{result.n_valid} of {result.n}"
             against = {r.context: r for r in results.get(reference, [])}.get(result.context)
-            if against is not None and against is not result and result.mae is not None:
+            if against is not None and against is not result and _comparable(result, against):
                 change, low, high = paired_change(result, against)
                 row[f"change against {reference}"] = f"{change:+.0f} % ({low:+.0f} to {high:+.0f})"
             rows.append(row)
@@ -146,6 +146,11 @@ def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance
     return pd.DataFrame(rows)
 
 
+def _comparable(one: Result, other: Result) -> bool:
+    """Whether there is a window that both got valid."""
+    return any(None not in pair for pair in zip(one.window_mae, other.window_mae, strict=True))
+
+
 def verdict(change: tuple[float, float, float]) -> str:
     """A `paired_change` in words: an interval on one side of zero is a difference, any other is not."""
     _, low, high = change
@@ -164,31 +169,37 @@ def headline_table(base: str = "embedded") -> str:
     ours, baselines = stage_results(base), baseline_results()
     lines = markdown_header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage, rows in ours.items():
-        cells = [NO_FORECAST if row.mae is None else f"**{row.mae:.4f}** ({_interval(row)})" for row in rows]
-        lines.append(f"| {base} base, {stage} | {' | '.join(cells)} |")
+        cells = dict.fromkeys(P5_CONTEXTS, "–")  # not measured
+        cells |= {r.context: NO_FORECAST if r.mae is None else f"**{r.mae:.4f}** ({_interval(r)})" for r in rows}
+        lines.append(f"| {base} base, {stage} | {' | '.join(cells[s] for s in P5_CONTEXTS)} |")
     for stage, by_context in PUBLISHED.items():
         lines.append(
             f"| *{PUBLISHED_SOURCE}, {stage}* | {' | '.join(f'*{mae:.4f}*' for mae, _ in by_context.values())} |"
         )
     for name, rows in baselines.items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
-    before = {row.context: row for row in ours.get("untrained", []) if row.mae is not None}
+    before = {row.context: row for row in ours.get("untrained", [])}
     verdicts = []
     for stage, rows in ours.items():
-        if stage == "untrained" or any(row.context not in before or row.mae is None for row in rows):
+        if stage == "untrained" or not all(
+            row.context in before and _comparable(row, before[row.context]) for row in rows
+        ):
             continue
         pairs = [(row, verdict(paired_change(row, before[row.context]))) for row in rows]
         words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
         verdicts.append(f"{stage.capitalize()} against untrained: {words}.")
     if verdicts:
         lines += ["", f"On the windows both got valid: {' '.join(verdicts)}"]
-    seeds = 1 + len(list(checkpoint_folder(base).glob("final-seed*/metrics.json")))
-    several = ", of which the first is shown" if seeds > 1 else ""
+    seeds = {
+        s: 1 + len(list(checkpoint_folder(base).glob(f"{s}-seed*/metrics.json"))) for s in ours if s != "untrained"
+    }
+    several = ", ".join(f"{stage} {n}" for stage, n in seeds.items()) + ", of which the first is shown"
+    trained = several if max(seeds.values(), default=1) > 1 else "1"
     valid = sum(row.n_valid for rows in ours.values() for row in rows)
     total = sum(row.n for rows in ours.values() for row in rows)
     lines += [
         "",
-        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {seeds}{several}; "
+        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {trained}; "
         f"{valid:,} of {total:,} forecasts of ours parsed whole and count.",
     ]
     return "\n".join(lines)

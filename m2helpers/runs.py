@@ -59,7 +59,7 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     if "settings_sha256" not in config:  # a base has a config.json as well
         raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
     if has_state(folder):
-        raise UserError(f"{folder}: this run is not finished; go on with 'train --resume --output-dir {folder}'")
+        raise UserError(f"{folder}: this run is not finished; go on with the command that began it, and --resume")
     if not (folder / "history.csv").exists():
         raise UserError(f"{folder}: this run was stopped before its first save; train it again")
     base = load_base(config["base"])

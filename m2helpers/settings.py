@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .files import UserError
 
@@ -62,6 +62,9 @@ class TrainSettings(LoraSettings):
     """1: activations inside the layers are computed again for the backward pass, not kept: less memory, more time."""
 
     def __post_init__(self):
+        for setting in fields(self):
+            if setting.type == "float":  # 16 and 16.0 are one setting, and have one hash
+                object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -74,6 +77,10 @@ class TrainSettings(LoraSettings):
         for name in ("warmup_ratio", "lora_dropout", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay {self.weight_decay}: give 0 or more, such as 0.01")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm {self.max_grad_norm}: give a number above 0, such as 1")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
 
@@ -107,7 +114,7 @@ STAGES = {
         lora_dropout=0.0,
         max_length=1024,
         max_steps=1400,
-        rescale=0.7,
+        rescale=0.2,
         random_start=1,
     ),
 }

@@ -274,6 +274,7 @@ EXPECTED = np.array([[[1.0, -2.5], [3.0, 4.0]]])
         "time,prey,predator\n0,1,-2.5\n2,3,4\n",
         "\ufeffT, prey, predator\r\n0, 1, -2.5\r\n2, 3, 4\r\n",
         ",prey,predator\n0,1,-2.5\n1,3,4\n",
+        ",0,1\n0,1,-2.5\n1,3,4\n",  # what pandas writes for columns without names
         "time,prey,predator\n2001-01-01,1,-2.5\n2001-02-01,3,4\n",
     ],
 )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from m2helpers import evaluation
 from m2helpers.evaluation import (
@@ -260,13 +261,29 @@ def _result(window_mae, **changes):
 
 
 def test_a_change_is_counted_on_common_valid_windows():
-    ours = _result([1.0, None, 3.0, 50.0])
+    ours = _result([1.0, None, 2.0, 50.0])
     theirs = _result([2.0, 7.0, 4.0, None])
     change, low, high = paired_change(ours, theirs)
-    assert change == pytest.approx(100 * (2 - 3) / 3)
-    assert low == pytest.approx(change) and high == pytest.approx(change)  # both windows got better by one
+    assert change == pytest.approx(100 * (1.5 - 3) / 3)
+    assert low == pytest.approx(change) and high == pytest.approx(change)  # both windows got better by half
     change, low, high = paired_change(_result([1.0, 4.0, 3.0, 2.0, 2.5]), _result([2.0, 3.0, 6.0, 4.0, 5.0]))
     assert low < change < high and change == pytest.approx(100 * (12.5 - 20) / 20)
+
+
+def test_the_interval_of_a_change_is_that_of_a_ratio():
+    rng = np.random.default_rng(3)
+    theirs = rng.lognormal(0, 1, 60).round(4)
+    ours = (theirs * rng.uniform(0.3, 0.9, 60)).round(4)
+    ratio = lambda a, b, axis: a.mean(axis) / b.mean(axis)  # noqa: E731
+    known = scipy.stats.bootstrap((ours, theirs), ratio, paired=True, method="percentile", n_resamples=20_000, rng=1)
+    expected = [100 * (x - 1) for x in known.confidence_interval]
+    _, *interval = paired_change(_result(list(ours)), _result(list(theirs)))
+    np.testing.assert_allclose(interval, expected, atol=0.06 * (expected[1] - expected[0]))
+
+
+def test_small_units_keep_their_digits():
+    ours, theirs = _result([1.25e-9, 3e-9]), _result([2.5e-9, 6e-9])
+    assert ours.window_mae == [1.25e-9, 3e-9] and paired_change(ours, theirs)[0] == pytest.approx(-50)
 
 
 @pytest.mark.parametrize(

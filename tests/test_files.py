@@ -4,7 +4,16 @@ import hashlib
 
 import pytest
 
-from m2helpers.files import UserError, atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
+from m2helpers.files import (
+    UserError,
+    atomic_path,
+    checkpoint_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_path_makes_parents_and_leaves_only_the_file(tmp_path):
@@ -66,3 +75,10 @@ def test_hashes(tmp_path):
     assert sha256_json({"b": 1, "a": [2]}) == sha256_json({"a": (2,), "b": 1})
     assert sha256_json({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
     assert sha256_json({"a": 1}) != sha256_json({"a": 2})
+
+
+def test_a_folder_named_by_dots_has_the_folder_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert checkpoint_folder(".") == checkpoint_folder("mine") == checkpoint_folder(str(tmp_path / "mine"))
+    assert checkpoint_folder("Qwen/Qwen2.5-0.5B").name == "Qwen2.5-0.5B"

@@ -195,6 +195,18 @@ def test_more_than_a_model_can_read_is_refused(base):
         generate(base, CODEC, ["1.00;" * (limit // 5)], 1, 1)
 
 
+def test_decoding_that_is_stopped_is_billed_in_full(base, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    before = base.ledger.spent()
+    monkeypatch.setattr(forecasting, "_continue", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate(base, CODEC, CONTEXTS[:1], 2, 2)
+    (entry,) = base.ledger.entries()[-1:]
+    assert entry["kind"] == "generate" and base.ledger.spent() - before == entry["flops"] > 0
+
+
 def test_a_longer_context_costs_more(base, monkeypatch):
     _bias(base, 26, 100)  # one token each
     short, long, longer = (generate(base, CODEC, ["1" * n], 1, 1)[0] for n in (5, 50, 500))
@@ -234,6 +246,8 @@ def test_impossible_requests_are_refused(base):
         generate(base, CODEC, ["1.00,1.00;", ""], 1, 2)
     with pytest.raises(UserError, match="cannot forecast 0 steps: ask for at least 1"):
         forecast(base, CODEC, [np.ones((3, 2))], 0)
+    with pytest.raises(UserError, match="cannot draw 0 samples: ask for at least 1"):
+        sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 0)
     with pytest.raises(UserError, match=r"shape \(5,\) cannot be encoded"):
         forecast(base, CODEC, [np.ones(5)], 1)
     with pytest.raises(UserError, match=r"limit 1,000"):

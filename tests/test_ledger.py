@@ -135,6 +135,15 @@ def test_a_ledger_that_is_deleted_meanwhile_is_not_started_afresh(ledger):
     assert not ledger.path.exists()
 
 
+def test_a_folder_that_takes_no_ledger_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with pytest.raises(UserError, match=r"new.sqlite: the ledger cannot be written \(unable to open"):
+        Ledger(tmp_path / "new.sqlite")
+
+
 def test_the_file_is_the_one_the_variable_names(tmp_path, monkeypatch):
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "deep" / "here.sqlite"))
     assert default_ledger("embedded").path == tmp_path / "deep" / "here.sqlite"

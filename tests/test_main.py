@@ -41,6 +41,10 @@ def test_flops_of_qwen_needs_no_network(tmp_path):
     assert sum(report["components"].values()) == report["forward"] == report["total"] / 3
 
 
+def _stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "BASELINE_CACHE", tmp_path / "cache")
     run, common = tmp_path / "run", ["--data", str(data_file)]
@@ -59,6 +63,12 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     table = capsys.readouterr().out
     assert "ODE fit" in table and "last value" in table
 
+    metrics.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("m2helpers.evaluation.evaluate_baselines", _stopped)
+        assert main([*arguments, *common]) == 1
+    assert json.loads(metrics.read_text())[0]["n"] == 8  # what was measured is kept
+
     series, out = tmp_path / "series.csv", tmp_path / "forecast.csv"
     pd.DataFrame({"time": range(30), "a": np.sin(np.arange(30)) + 2}).to_csv(series, index=False)
     assert main(["forecast", str(series), "--model", str(tiny_folder), "--steps", "3", "--out", str(out)]) == 0
@@ -66,6 +76,9 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     again = ["--constrained", "--steps", "3", "--out", str(out)]
     assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
     assert pd.read_csv(out)["step"].tolist() == [1, 2, 3]
+    pd.DataFrame({"a": (np.sin(np.arange(30)) + 2) * 1e-7}).to_csv(series, index=False)
+    assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
+    assert pd.read_csv(out)["variable_0"].max() > 0  # small units keep their digits
 
 
 def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file, tmp_path, monkeypatch):

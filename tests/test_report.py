@@ -45,11 +45,17 @@ def test_a_changed_record_changes_the_page(tmp_path, monkeypatch):
     (tmp_path / "initial" / "metrics.json").write_text(json.dumps(others + rows))
     assert "0.4321" in report.headline_table() and "0.9000" not in report.headline_table()  # the test split's alone
     rows = [vars(make_result(None, context)) for context in (128, 512, 768)]
-    (tmp_path / "final-seed1").mkdir()
-    for stage in ("initial", "final-seed1"):
+    for stage in ("final", "final-seed1"):
+        (tmp_path / stage).mkdir()
+    for stage in ("initial", "final", "final-seed1"):
         (tmp_path / stage / "metrics.json").write_text(json.dumps(rows))
     table = report.headline_table()
-    assert "| no valid forecast | no valid forecast |" in table and "training seeds: 2, of which the first" in table
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps([vars(make_result(0.25, 512))]))
+    assert "| – | **0.2500** (0.2250–0.2750) | – |" in report.headline_table()  # each under its own context
+    assert (
+        "| no valid forecast | no valid forecast |" in table
+        and "training seeds: initial 1, final 2, of which the first" in table
+    )
 
 
 def test_the_spending_follows_the_ledger(tmp_path, monkeypatch):
@@ -99,6 +105,11 @@ def test_results_table_shows_invalid_forecasts_and_changes():
     assert list(table["valid"]) == ["2 of 2", "2 of 2", "0 of 2"]
     assert table["change against untrained"][1].startswith("-50 %")
     assert table["MAE"][2] == ""  # nothing is made up for a model with no valid forecast
+    apart = {
+        "untrained": [make_result(0.2, window_mae=[None, 0.2])],
+        "initial": [make_result(0.1, window_mae=[0.1, None])],
+    }
+    assert not report.results_table(apart).get("change against untrained", [""])[0]  # nothing to compare
 
 
 def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():

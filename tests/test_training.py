@@ -184,7 +184,7 @@ def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path,
     """Stopped at step 5, after a validation that the state of step 3 does not know of."""
     folder = tmp_path / "run"
     stop_in_step_six(folder)
-    with pytest.raises(UserError, match="not finished; go on with 'train --resume"):
+    with pytest.raises(UserError, match="not finished; go on with the command that began it, and --resume"):
         load_run(folder)
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
 
@@ -518,12 +518,19 @@ def test_a_run_whose_base_has_changed_is_refused(run, tmp_path, tiny_base):
         dict(lora_dropout=1.5),
         dict(learning_rate=0.0),
         dict(learning_rate=float("nan")),
+        dict(weight_decay=-1.0),
+        dict(max_grad_norm=0.0),
     ],
 )
 def test_impossible_settings_are_refused(change):
     ((name, value),) = change.items()
     with pytest.raises(UserError, match=f"{name} {value}: "):
         replace(QUICK, **change)
+
+
+def test_whole_numbers_and_floats_are_the_same_settings():
+    whole = replace(QUICK, lora_alpha=32, weight_decay=0)
+    assert json.dumps(asdict(whole)) == json.dumps(asdict(replace(QUICK, lora_alpha=32.0, weight_decay=0.0)))
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
