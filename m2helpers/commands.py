@@ -96,13 +96,14 @@ def evaluate(options) -> None:
     codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
     contexts = [options.context] if options.context else P5_CONTEXTS
     protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
-    rows = {str(options.run) if options.run else base.name: []}
+    ours = []
+    rows = {str(options.run) if options.run else base.name: ours}
     about = dict(run=options.run and str(options.run), seed=run and run.settings.seed, constrained=constrained)
     where = dict(split=options.split, contexts=contexts)
     for protocol in protocols:
-        next(iter(rows.values())).extend(evaluate(base, codec, dataset, protocol, **where, **about))
+        ours.extend(evaluate(base, codec, dataset, protocol, **where, **about))
     if options.json:  # before the baselines: a fit that is stopped loses no measurement
-        write_json(options.json, to_json(next(iter(rows.values()))))
+        write_json(options.json, to_json(ours))
     for protocol in protocols:
         for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
             rows.setdefault(row.model, []).append(row)

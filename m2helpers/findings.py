@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -18,12 +20,16 @@ def markdown_header(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
+def seed_records(folder: Path, stage: str) -> list[Path]:
+    """The measurements of a stage in a base's folder, of its first seed and of every other."""
+    return [*folder.glob(f"{stage}/metrics.json"), *sorted(folder.glob(f"{stage}-seed*/metrics.json"))]
+
+
 def seeds_table(base: str = "embedded") -> str:
     """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
     lines = markdown_header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage in FINAL_STAGES:
-        paths = sorted(checkpoint_folder(base).glob(f"{stage}/metrics.json"))
-        paths += sorted(checkpoint_folder(base).glob(f"{stage}-seed*/metrics.json"))
+        paths = seed_records(checkpoint_folder(base), stage)
         test = [[r for r in from_json(read_json(path)) if (r.protocol, r.split) == ("P5", "test")] for path in paths]
         runs = [{r.context: r.mae for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
         cells = []

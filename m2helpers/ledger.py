@@ -165,14 +165,17 @@ class Ledger:
                 database.executescript(_SCHEMA)
             os.link(temporary, self.path)
         except sqlite3.OperationalError as error:
-            raise UserError(
-                f"{self.path}: the ledger cannot be written ({error}); free its folder, or set M2_LEDGER to another file"
-            ) from None
+            raise self._unwritable(error) from None
         except OSError:  # another process was faster, or the disk knows no links
             if not self.path.exists():
                 os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _unwritable(self, error: sqlite3.OperationalError) -> UserError:
+        return UserError(
+            f"{self.path}: the ledger cannot be written ({error}); free it, or set M2_LEDGER to another file"
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -191,9 +194,7 @@ class Ledger:
                     raise
                 database.execute("COMMIT")
         except sqlite3.OperationalError as error:  # locked, read-only, deleted, disk full
-            raise UserError(
-                f"{self.path}: the ledger cannot be written ({error}); free it, or set M2_LEDGER to another file"
-            ) from None
+            raise self._unwritable(error) from None
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{self.path}: damaged, or not a ledger ({error}); move it away, or set M2_LEDGER to another file"

@@ -15,7 +15,7 @@ import pandas as pd
 from .data import DATA_FILE, load_dataset, statistics_table
 from .evaluation import P5_CONTEXTS, Result, evaluate_baselines, from_json, paired_change
 from .files import UserError, checkpoint_folder, read_json, write_text
-from .findings import NO_FORECAST, ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .findings import NO_FORECAST, ablations_table, advice, markdown_header, seed_records, seeds_table, sweeps_table
 from .flops import CAP
 from .models import EMBEDDED, default_model
 from .text import Codec, fit_scale
@@ -147,8 +147,8 @@ def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance
 
 
 def _comparable(one: Result, other: Result) -> bool:
-    """Whether there is a window that both got valid."""
-    return any(None not in pair for pair in zip(one.window_mae, other.window_mae, strict=True))
+    """Whether there is a window that both got valid; that they are the same windows is for `paired_change` to ask."""
+    return any(None not in pair for pair in zip(one.window_mae, other.window_mae, strict=False))
 
 
 def verdict(change: tuple[float, float, float]) -> str:
@@ -190,9 +190,7 @@ def headline_table(base: str = "embedded") -> str:
         verdicts.append(f"{stage.capitalize()} against untrained: {words}.")
     if verdicts:
         lines += ["", f"On the windows both got valid: {' '.join(verdicts)}"]
-    seeds = {
-        s: 1 + len(list(checkpoint_folder(base).glob(f"{s}-seed*/metrics.json"))) for s in ours if s != "untrained"
-    }
+    seeds = {stage: len(seed_records(checkpoint_folder(base), stage)) for stage in ours if stage != "untrained"}
     several = ", ".join(f"{stage} {n}" for stage, n in seeds.items()) + ", of which the first is shown"
     trained = several if max(seeds.values(), default=1) > 1 else "1"
     valid = sum(row.n_valid for rows in ours.values() for row in rows)

@@ -121,10 +121,6 @@ def train_lora(
                         continue
                     spent = work.step()
                     bill.add("train", spent)
-                    if not math.isfinite(record["losses"][-1]):
-                        raise UserError(
-                            f"step {record['step']:,}: the loss is no longer a number; use a smaller learning_rate"
-                        )
                     tokens += spent.tokens
                     record["speed"] = round(tokens / (time.monotonic() - started), 1)
                     bar.update()
@@ -203,6 +199,8 @@ class Training:
             with mixed_precision(self.base.model):
                 loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
             loss.backward()
+        if not math.isfinite(loss.item()):
+            raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

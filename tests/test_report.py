@@ -110,6 +110,9 @@ def test_results_table_shows_invalid_forecasts_and_changes():
         "initial": [make_result(0.1, window_mae=[0.1, None])],
     }
     assert not report.results_table(apart).get("change against untrained", [""])[0]  # nothing to compare
+    few = make_result(0.1, window_mae=[0.1], series=[0])
+    with pytest.raises(UserError, match="measured on different windows"):
+        report.results_table({"untrained": [make_result(0.2)], "initial": [few]})
 
 
 def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
