@@ -73,6 +73,14 @@ def fitzhugh_nagumo(rng, n, steps):
     return integrate(field, rng.uniform(-1.5, 1.5, (2, n)), 3 / slow + 10, rng, steps, 10)
 
 
+def brusselator(rng, n, steps):
+    """Autocatalytic reaction (Prigogine and Lefever 1968), damped or cycling."""
+    a = rng.uniform(0.7, 1.3, n)
+    b = (1 + a**2) * rng.uniform(0.6, 1.6, n)
+    field = lambda s: np.stack([a + s[0] ** 2 * s[1] - (b + 1) * s[0], b * s[0] - s[0] ** 2 * s[1]])  # noqa: E731
+    return integrate(field, rng.uniform(0.3, 2.5, (2, n)), 7.0, rng, steps, 12)
+
+
 def pendulum(rng, n, steps):
     """A swinging pendulum with friction."""
     friction = log_uniform(rng, 0.003, 0.2, n)
@@ -85,6 +93,13 @@ def duffing(rng, n, steps):
     linear, friction = rng.choice([-1.0, 0.2, 1.0], n), log_uniform(rng, 0.005, 0.2, n)
     field = lambda s: np.stack([s[1], -linear * s[0] - s[0] ** 3 - friction * s[1]])  # noqa: E731
     return integrate(field, rng.uniform(-2, 2, (2, n)), 5.0, rng, steps, 8)
+
+
+def anharmonic_oscillator(rng, n, steps):
+    """A weight on a spring that is stiff one way and soft the other (Toda's potential), with friction."""
+    friction, start = log_uniform(rng, 0.002, 0.1, n), rng.uniform(-2.5, 1.2, n)
+    field = lambda s: np.stack([s[1], 1 - np.exp(s[0]) - friction * s[1]])  # noqa: E731
+    return integrate(field, np.stack([start, rng.normal(0, 0.5, n)]), 7.5, rng, steps, 10)
 
 
 def goodwin(rng, n, steps):
@@ -159,6 +174,18 @@ def rossler(rng, n, steps):
     c = rng.uniform(2.5, 7, n)
     field = lambda s: np.stack([-s[1] - s[2], s[0] + 0.2 * s[1], 0.2 + s[2] * (s[0] - c)])  # noqa: E731
     return integrate(field, rng.uniform(-4, 4, (3, n)) * np.array([[1], [1], [0.1]]), 6.0, rng, steps, 10)
+
+
+def random_networks(rng, n, steps):
+    """Smooth random equations: eight tanh units that push a turning point about, leaking back to rest."""
+    inner, outer = rng.normal(0, 1, (8, 3, n)), rng.normal(0, 0.5, (3, 8, n))
+    bias, leak, turn = rng.normal(0, 0.5, (8, n)), rng.uniform(0.02, 0.3, n), rng.uniform(0.5, 1.5, n)
+
+    def field(s):
+        push = np.einsum("dkn,kn->dn", outer, np.tanh(np.einsum("kdn,dn->kn", inner, s) + bias))
+        return push + turn * np.stack([s[1], -s[0], np.zeros_like(s[0])]) - leak * s
+
+    return integrate(field, rng.normal(0, 1.5, (3, n)), 6.0, rng, steps)
 
 
 def delayed_feedback(rng, n, steps):

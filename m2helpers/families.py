@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .dynamics import (
+    anharmonic_oscillator,
+    brusselator,
     delayed_feedback,
     duffing,
     epidemic,
@@ -26,6 +28,7 @@ from .dynamics import (
     noise_with_memory,
     pendulum,
     phases,
+    random_networks,
     repressilator,
     rossler,
     smooth_random,
@@ -80,17 +83,8 @@ def linear_systems(rng, n, steps):
 
 @_family
 def relaxation_oscillators(rng, n, steps):
-    """Slow creep and sudden jumps: a triode, a nerve."""
-    return _pool([van_der_pol, fitzhugh_nagumo], rng, n, steps)
-
-
-@_family
-def brusselator(rng, n, steps):
-    """Autocatalytic reaction (Prigogine and Lefever 1968), damped or cycling."""
-    a = rng.uniform(0.7, 1.3, n)
-    b = (1 + a**2) * rng.uniform(0.6, 1.6, n)
-    field = lambda s: np.stack([a + s[0] ** 2 * s[1] - (b + 1) * s[0], b * s[0] - s[0] ** 2 * s[1]])  # noqa: E731
-    return integrate(field, rng.uniform(0.3, 2.5, (2, n)), 7.0, rng, steps, 12)
+    """Slow creep and sudden jumps: a triode, a nerve, a reaction that feeds itself."""
+    return _pool([van_der_pol, fitzhugh_nagumo, brusselator], rng, n, steps)
 
 
 @_family
@@ -104,15 +98,7 @@ def glycolysis(rng, n, steps):
 @_family
 def pendulums_and_springs(rng, n, steps):
     """Mechanical oscillators with a restoring force that is not linear."""
-    return _pool([pendulum, duffing], rng, n, steps)
-
-
-@_family
-def anharmonic_oscillator(rng, n, steps):
-    """A weight on a spring that is stiff one way and soft the other (Toda's potential), with friction."""
-    friction, start = log_uniform(rng, 0.002, 0.1, n), rng.uniform(-2.5, 1.2, n)
-    field = lambda s: np.stack([s[1], 1 - np.exp(s[0]) - friction * s[1]])  # noqa: E731
-    return integrate(field, np.stack([start, rng.normal(0, 0.5, n)]), 7.5, rng, steps, 10)
+    return _pool([pendulum, duffing, anharmonic_oscillator], rng, n, steps)
 
 
 @_family
@@ -166,19 +152,6 @@ def thermokinetics(rng, n, steps):
 
 
 @_family
-def random_networks(rng, n, steps):
-    """Smooth random equations: eight tanh units that push a turning point about, leaking back to rest."""
-    inner, outer = rng.normal(0, 1, (8, 3, n)), rng.normal(0, 0.5, (3, 8, n))
-    bias, leak, turn = rng.normal(0, 0.5, (8, n)), rng.uniform(0.02, 0.3, n), rng.uniform(0.5, 1.5, n)
-
-    def field(s):
-        push = np.einsum("dkn,kn->dn", outer, np.tanh(np.einsum("kdn,dn->kn", inner, s) + bias))
-        return push + turn * np.stack([s[1], -s[0], np.zeros_like(s[0])]) - leak * s
-
-    return integrate(field, rng.normal(0, 1.5, (3, n)), 6.0, rng, steps)
-
-
-@_family
 def schnakenberg(rng, n, steps):
     """Autocatalysis fed from both sides (Schnakenberg 1979), damped or cycling."""
     a, b = rng.uniform(0.02, 0.2, n), rng.uniform(0.4, 1.2, n)
@@ -188,8 +161,8 @@ def schnakenberg(rng, n, steps):
 
 @_family
 def chaotic_flows(rng, n, steps):
-    """Lorenz's convection, Rössler's band, and feedback that comes late."""
-    return _pool([lorenz, rossler, delayed_feedback], rng, n, steps)
+    """Lorenz's convection, Rössler's band, feedback that comes late, random smooth equations."""
+    return _pool([lorenz, rossler, delayed_feedback, random_networks], rng, n, steps)
 
 
 @_family

@@ -48,9 +48,9 @@ class PretrainSettings:
     """Texts a step."""
     max_length: int = 1024
     """Tokens a text."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2.5e-3
     """Muon's, for the matrices of the layers, at the plateau."""
-    adamw_learning_rate: float = 1.6e-3
+    adamw_learning_rate: float = 1e-3
     """AdamW's, for the embedding, norms and biases, at the plateau."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""

@@ -14,8 +14,6 @@ from m2helpers.text import Codec
 
 NAMES = {
     "activator_inhibitor",
-    "anharmonic_oscillator",
-    "brusselator",
     "chaotic_flows",
     "damped_oscillations",
     "exponential_oscillations",
@@ -28,7 +26,6 @@ NAMES = {
     "nonlinear_oscillators",
     "pendulums_and_springs",
     "products",
-    "random_networks",
     "relaxation_oscillators",
     "schnakenberg",
     "thermokinetics",
@@ -140,7 +137,7 @@ def test_families_have_equal_shares(monkeypatch):
         "m2helpers.synthetic.draw_series",
         lambda rng, n, steps, name: calls.append((name, n)) or [np.ones((steps, 1))] * n,
     )
-    assert len(draw_texts([0], 90, 50)) == 90
-    assert {name for name, _ in calls} == NAMES and {n for _, n in calls} == {5}  # 90 of 20 families
+    assert len(draw_texts([0], 80, 50)) == 80
+    assert {name for name, _ in calls} == NAMES and {n for _, n in calls} == {5}  # 80 of 17 families
     calls.clear()
-    assert len(draw_texts([0], 7, 50, family="brusselator")) == 7 and calls == [("brusselator", 7)]
+    assert len(draw_texts([0], 7, 50, family="schnakenberg")) == 7 and calls == [("schnakenberg", 7)]
