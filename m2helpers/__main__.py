@@ -25,8 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = tell
             options.run_command(options)
+        sys.stdout.flush()
     except UserError as error:
         tell(error)
+        return 1
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
         return 1
     except OSError as error:  # a file that cannot be written, a full disk
         tell(f"{error.filename}: {error.strerror}; check name and disk")

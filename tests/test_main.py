@@ -148,6 +148,13 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path, capsys
     assert message.startswith("m2helpers simulate: ") and message.count("\n") == 1
 
 
+def test_a_reader_that_goes_away_hears_no_complaint():
+    command = [sys.executable, "-m", "m2helpers", "flops", "--model", "Qwen/Qwen2.5-0.5B-Instruct"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 1
+
+
 def test_wrong_usage_is_status_2():
     finished = subprocess.run([sys.executable, "-m", "m2helpers", "forecast"], capture_output=True, text=True)
     assert finished.returncode == 2 and "required" in finished.stderr
