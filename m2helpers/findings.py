@@ -26,7 +26,7 @@ def seed_records(folder: Path, stage: str) -> list[Path]:
 
 
 def seeds_table(base: str = "embedded") -> str:
-    """P5 error of the long runs over their seeds in Markdown: the mean, and the smallest and the largest."""
+    """P5 error of the long runs over their seeds in Markdown: the mean, and of several the smallest and the largest."""
     lines = markdown_header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage in FINAL_STAGES:
         paths = seed_records(checkpoint_folder(base), stage)
@@ -35,7 +35,8 @@ def seeds_table(base: str = "embedded") -> str:
         cells = []
         for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
             known = [error for error in errors if error is not None]  # none where no forecast was valid
-            cells.append(f"{np.mean(known):.4f} ({min(known):.4f}–{max(known):.4f})" if known else NO_FORECAST)
+            spread = f" ({min(known):.4f}–{max(known):.4f})" if len(known) > 1 else ""  # one seed has none
+            cells.append(f"{np.mean(known):.4f}{spread}" if known else NO_FORECAST)
         if cells:
             lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)

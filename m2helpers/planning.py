@@ -152,7 +152,7 @@ PLANS = {
         extended=STAGES["extended"],
         learning_rates=(5e-3, 1e-2, 2e-2),
         long_rate=0.25,  # at half of the best of a grid and more, three long runs lost their way within 300 steps
-        sweep_steps=100,
+        sweep_steps=80,
         ablations=ABLATIONS,
     ),
     "qwen2.5-0.5b": Plan(  # as published

@@ -105,7 +105,7 @@ EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=2.5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1000),
+    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1800),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,

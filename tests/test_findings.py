@@ -54,6 +54,8 @@ def test_seeds(tmp_path, monkeypatch):
         rows = [dict(protocol="P5", split="test", context=context, mae=mae) for context in (128, 512, 768)]
         (tmp_path / name / "metrics.json").write_text(json.dumps(rows))
     assert findings.seeds_table().splitlines()[2] == "| final | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3
+    (tmp_path / "final-seed1" / "metrics.json").unlink()
+    assert findings.seeds_table().splitlines()[2] == "| final | 1 |" + " 0.1000 |" * 3
 
 
 def test_sweeps_stand_in_the_order_of_their_losses(sweeps):
