@@ -13,7 +13,7 @@ from typing import get_type_hints
 from . import commands
 from .data import DATA_FILE, SimulatorSettings
 from .files import UserError
-from .settings import STAGES, TrainSettings
+from .settings import STAGES, PretrainSettings, TrainSettings
 from .tracking import TRACKERS
 
 
@@ -76,18 +76,17 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command("pretrain", commands.pretrain, "train the embedded base on synthetic series")
     added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
-    added.add_argument("--tokens", type=int, required=True, help="length of the schedule")
     added.add_argument("--stop-after", type=float, metavar="MINUTES", help="save and stop then; --resume goes on")
     added.add_argument("--resume", action="store_true")
     added.add_argument("--model", help="go on from this base, with another seed (default: start from random weights)")
-    added.add_argument("--seed", type=int, default=0)
+    _add_settings(added, PretrainSettings)
 
     added = command("train", commands.train, "fine-tune a base with LoRA")
     added.add_argument("--stage", choices=tuple(STAGES), default="initial", help="whose settings to start from")
     added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     added.add_argument("--resume", action="store_true")
     added.add_argument("--track", choices=TRACKERS, help="log losses there too (default: nowhere)")
-    _add_train_settings(added)
+    _add_settings(added, TrainSettings)
     data(added)
     model(added)
 
@@ -163,9 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainSettings`; what is not given stays as the stage has it."""
-    for name, kind in get_type_hints(TrainSettings).items():
+def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One flag for each field of a class of settings; what is not given stays as the class or the stage has it."""
+    for name, kind in get_type_hints(settings).items():
         flag = "--" + name.replace("_", "-")
         if kind in (int, float):
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from .settings import PretrainSettings
+
 
 def model_card(record: dict) -> str:
     """The card that goes with the weights, every figure from the run's record."""
@@ -15,6 +19,11 @@ def model_card(record: dict) -> str:
         for number, s in enumerate(sittings, 1)
     )
     start = " --model BASE" if record["before"] else ""
+    flags = [
+        f" --{f.name.replace('_', '-')} {settings[f.name]}"
+        for f in fields(PretrainSettings)
+        if f.name in ("tokens", "seed") or settings.get(f.name, f.default) != f.default
+    ]
     return f"""---
 license: mit
 library_name: transformers
@@ -38,7 +47,7 @@ as LLMTime text. It has never seen a predator–prey system, and no words at all
 |---|---|---|---|---|---|
 {rows}
 
-The last sitting was `python -m m2helpers pretrain --output-dir DIR{start} --tokens {settings["tokens"]} --seed {settings["seed"]}`{f", where BASE is the model as the sitting before left it (SHA-256 {sittings[-2]['sha256'][:16]}…, in this repository's history)" if start else ""}.
+The last sitting was `python -m m2helpers pretrain --output-dir DIR{start}{"".join(flags)}`{f", where BASE is the model as the sitting before left it (SHA-256 {sittings[-2]['sha256'][:16]}…, in this repository's history)" if start else ""}.
 
 ## Mixture
 

@@ -35,9 +35,10 @@ def encode(options) -> None:
 
 
 def pretrain(options) -> None:
-    from .pretraining import PretrainSettings, pretrain
+    from .pretraining import pretrain
+    from .settings import PretrainSettings
 
-    settings = PretrainSettings(tokens=options.tokens, seed=options.seed)
+    settings = PretrainSettings(**_given(options, PretrainSettings))
     how = dict(stop_after=options.stop_after, resume=options.resume, start=options.model)
     record = pretrain(settings, options.output_dir, **how)
     done = record["step"] == settings.max_steps
@@ -46,13 +47,18 @@ def pretrain(options) -> None:
     )
 
 
+def _given(options, settings: type) -> dict:
+    """The settings that a command was given, those left to their defaults left out."""
+    given = {f.name: getattr(options, f.name) for f in fields(settings)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def train(options) -> None:
     from .models import load_base
     from .settings import STAGES, TrainSettings
     from .training import train_lora
 
-    given = {f.name: getattr(options, f.name) for f in fields(TrainSettings)}
-    settings = replace(STAGES[options.stage], **{k: v for k, v in given.items() if v is not None})
+    settings = replace(STAGES[options.stage], **_given(options, TrainSettings))
     how = dict(stage=options.stage, resume=options.resume, track=options.track)
     result = train_lora(load_base(options.model), load_dataset(options.data), settings, options.output_dir, **how)
     best = result.history["val_loss"].min()

@@ -7,17 +7,21 @@ MiniCPM, 2024).
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
@@ -29,56 +33,14 @@ from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
 from .models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
 from .muon import Muon
+from .settings import PretrainSettings
 from .signals import Stopped, stop_on_signal
 from .state import delete_state, has_state, load_state, save_state
 from .synthetic import draw_texts
 from .text import right_pad, tokenise
 
-BLOCK = 256  # steps whose texts are drawn together: the integrators work on many systems at once
+BLOCK = 2048  # texts drawn together: the integrators work on many systems at once
 VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
-
-    tokens: int = 8_500_000
-    """Length of the schedule: tokens seen in all."""
-    batch_size: int = 8
-    """Texts a step."""
-    max_length: int = 1024
-    """Tokens a text."""
-    learning_rate: float = 2.5e-3
-    """Muon's, for the matrices of the layers, at the plateau."""
-    adamw_learning_rate: float = 1e-3
-    """AdamW's, for the embedding, norms and biases, at the plateau."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
-    decay_fraction: float = 0.7
-    """Share of the steps, at the end, over which the learning rate falls to zero."""
-    weight_decay: float = 0.05
-    """On the matrices of the layers, not on the embedding, norms and biases."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    log_steps: int = 25
-    """Steps between rows of the history."""
-    eval_steps: int = 500
-    """Steps between validations; a multiple of `log_steps`."""
-    save_steps: int = 100
-    """Steps between saves."""
-    seed: int = 0
-    """Of the weights and of the stream of texts."""
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps that `tokens` buys."""
-        return max(1, self.tokens // (self.batch_size * self.max_length))
-
-    def schedule(self, step: int) -> float:
-        """Share of the plateau's learning rate at a step, counted from 0."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        decay = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
-        return min(warm, decay)
 
 
 def pretrain(
@@ -135,7 +97,8 @@ def pretrain(
     else:
         model, record["before"] = _go_on(start, settings)
     model.to(device).train()
-    tokenizer = embedded_tokenizer()
+    if device == "cuda":
+        model.compile()  # inside its layers most of a GPU's time goes to reading and writing, which fused kernels save
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(settings, parameters)
     if resume:
@@ -150,6 +113,7 @@ def pretrain(
 
     started, before = time.monotonic(), record["seconds"]
     losses = record.setdefault("losses", [])  # since the last row of the history
+    texts = _texts(settings, record["step"], device)
     shown = dict(desc="pre-training", unit="step", mininterval=1, total=settings.max_steps, initial=record["step"])
     with stop_on_signal() as asked_to_stop, _no_denormals(), tqdm(**shown) as bar:
         while record["step"] < settings.max_steps:
@@ -157,34 +121,38 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = group["plateau"] * settings.schedule(step)
             with mixed_precision(model):
-                loss = _loss(model, _batch(settings, step, tokenizer), device)
+                loss = _loss(model, next(texts))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
             with mixed_precision(model):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+            losses.append(loss.detach())
             record["step"] = step + 1
             record["seconds"] = before + time.monotonic() - started
             speed = record["step"] * settings.batch_size * settings.max_length / record["seconds"]
             bar.update()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
             last = record["step"] == settings.max_steps
             out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
             stop = out_of_time or asked_to_stop()
             validate = record["step"] % settings.eval_steps == 0 or last
-            if record["step"] % settings.log_steps == 0 or validate:
+            log = record["step"] % settings.log_steps == 0 or validate
+            save = record["step"] % settings.save_steps == 0 or last or stop
+            if log or save:
+                losses[:] = map(float, losses)  # not at every step: reading one waits until a GPU has come to it
+            if log:
                 row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
                 row["learning_rate"] = settings.learning_rate * settings.schedule(step)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 if validate:
-                    record["loss_by_family"] = _validate(model, tokenizer, settings, device)
+                    record["loss_by_family"] = _validate(model, settings)
                     row["val_loss"] = float(np.mean(list(record["loss_by_family"].values())))
                     bar.write(
                         f"step {step + 1}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}"
                     )
                 record["history"].append(row)
                 losses.clear()
-            if record["step"] % settings.save_steps == 0 or last or stop:
+            if save:
                 save_state(output_dir, parameters, optimizer, record)
             if stop and not last:
                 break
@@ -197,7 +165,7 @@ def pretrain(
     sittings = [*record["before"], record]
     record["total"] = {key: sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds")}
     model.eval().save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    embedded_tokenizer().save_pretrained(output_dir)
     write_json(output_dir / "pretraining.json", record)
     write_text(output_dir / "README.md", model_card(record))
     delete_state(output_dir)
@@ -224,10 +192,10 @@ def mixture_loss(base: Base, n_per_family: int = 2, length: int = 512) -> dict[s
     dict
         Family → mean cross-entropy in nats.
     """
-    settings = PretrainSettings(batch_size=n_per_family, max_length=length)
+    settings = PretrainSettings(eval_texts=n_per_family, max_length=length)
     cost = forward_cost(base.model.config, n_per_family, length, loss=True) * len(FAMILIES)
     with base.ledger.reserve(base.spender, validate=cost) as bill:
-        losses = _validate(base.model, base.tokenizer, settings, base.model.device)
+        losses = _validate(base.model, settings)
         bill.add("validate", cost)
     return losses
 
@@ -258,38 +226,76 @@ def _optimizer(settings: PretrainSettings, parameters: dict[str, torch.nn.Parame
     return Muon(groups, lr=settings.learning_rate)
 
 
-@lru_cache(maxsize=1)
-def _block(settings: PretrainSettings, index: int) -> list[str]:
-    return draw_texts([settings.seed, index], BLOCK * settings.batch_size, settings.max_length)
+class _Blocks(Dataset):
+    """Blocks of texts by number, each as token ids (texts, at most max_length): functions of the seed and the number."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        self.settings = settings
+        self.steps = max(1, BLOCK // settings.batch_size)  # that one block is enough for
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        settings = self.settings
+        return _ids([settings.seed, index], self.steps * settings.batch_size, settings.max_length)
 
 
-def _batch(settings: PretrainSettings, step: int, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a training step, each (batch, at most max_length)."""
-    first = step % BLOCK * settings.batch_size
-    texts = _block(settings, step // BLOCK)[first : first + settings.batch_size]
-    return right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
+def _texts(settings: PretrainSettings, first: int, device: str) -> Iterator[torch.Tensor]:
+    """Token ids of the texts of every step from `first` on, each (batch, length).
+
+    Beside a GPU, all cores but one draw texts ahead of it; a CPU that trains too is better left at that.
+    """
+    blocks = _Blocks(settings)
+    loader = DataLoader(
+        blocks,
+        batch_size=None,  # a block is one already
+        sampler=range(first // blocks.steps, -(-settings.max_steps // blocks.steps)),
+        num_workers=(os.cpu_count() or 1) - 1 if device == "cuda" else 0,
+        worker_init_fn=_settle,
+    )
+    skipped = first % blocks.steps * settings.batch_size
+    for block in loader:
+        yield from block[skipped:].split(settings.batch_size)
+        skipped = 0
 
 
-def _loss(model, batch: tuple[np.ndarray, np.ndarray], device) -> torch.Tensor:
-    ids, mask = (torch.from_numpy(a).to(device) for a in batch)  # (batch, length)
+def _settle(worker: int) -> None:
+    """A worker has one core, and leaves signals to the run, which saves first and ends its workers then."""
+    threadpool_limits(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _ids(seed: list[int], n: int, length: int, **options) -> np.ndarray:
+    """Texts as token ids, short ones padded: int16 (n, length), for they wait in memory."""
+    tokenizer = embedded_tokenizer()
+    ids, _ = right_pad(tokenise(draw_texts(seed, n, length, **options), tokenizer), tokenizer.pad_token_id)
+    return ids.astype(np.int16)
+
+
+def _loss(model, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the tokens of texts (batch, length), padding left out."""
+    ids = ids.to(model.device, torch.int64)
+    forward = model if model.training else model.forward  # only the shape of training is worth a compilation
     with attend_lean(model):
-        logits = model(input_ids=ids, use_cache=False).logits  # (batch, length, vocab)
-    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+        logits = forward(input_ids=ids, use_cache=False).logits  # (batch, length, vocab)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=model.config.pad_token_id
+    )
 
 
 @torch.no_grad()
-def _validate(model, tokenizer, settings: PretrainSettings, device) -> dict[str, float]:
+def _validate(model, settings: PretrainSettings) -> dict[str, float]:
     was_training = model.training
     model.eval()
-    losses = {}
-    for number, name in enumerate(FAMILIES):
-        texts = draw_texts(
-            [VALIDATION_SEED, number], settings.batch_size, settings.max_length, family=name, precision=2
-        )
-        losses[name] = _loss(model, right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id), device).item()
+    shape = (settings.eval_texts, settings.max_length)
+    losses = {name: _loss(model, _held_out(number, *shape)).item() for number, name in enumerate(FAMILIES)}
     model.train(was_training)
     return losses
+
+
+@lru_cache(maxsize=2 * len(FAMILIES))
+def _held_out(number: int, n: int, length: int) -> torch.Tensor:
+    """Held-out texts of a family by its number: ids (n, length)."""
+    return torch.from_numpy(_ids([VALIDATION_SEED, number], n, length, family=list(FAMILIES)[number], precision=2))
 
 
 def _account(settings: PretrainSettings, model) -> dict:

@@ -1,4 +1,4 @@
-"""Settings of fine-tuning: every default, written once. No torch."""
+"""Settings of pre-training and fine-tuning: every default, written once. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,57 @@ import math
 from dataclasses import dataclass, fields
 
 from .files import UserError
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
+
+    tokens: int = 8_500_000
+    """Length of the schedule: tokens seen in all."""
+    batch_size: int = 8
+    """Texts a step. A GPU wants 64 and more, and then a higher `learning_rate`."""
+    max_length: int = 1024
+    """Tokens a text."""
+    learning_rate: float = 2.5e-3
+    """Muon's, for the matrices of the layers, at the plateau."""
+    adamw_learning_rate: float = 1e-3
+    """AdamW's, for the embedding, norms and biases, at the plateau."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.7
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    weight_decay: float = 0.05
+    """On the matrices of the layers, not on the embedding, norms and biases."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    log_steps: int = 25
+    """Steps between rows of the history."""
+    eval_steps: int = 500
+    """Steps between validations; a multiple of `log_steps`."""
+    eval_texts: int = 8
+    """Texts of each family that a validation reads, the same ones every time."""
+    save_steps: int = 100
+    """Steps between saves."""
+    seed: int = 0
+    """Of the weights and of the stream of texts."""
+
+    def __post_init__(self):
+        for setting in fields(self):
+            least = 0 if setting.type == "float" or setting.name == "seed" else 1
+            if not getattr(self, setting.name) >= least:
+                raise UserError(f"{setting.name} {getattr(self, setting.name)}: must be at least {least}")
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps that `tokens` buys."""
+        return max(1, self.tokens // (self.batch_size * self.max_length))
+
+    def schedule(self, step: int) -> float:
+        """Share of the plateau's learning rate at a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        decay = min(1.0, (self.max_steps - step) / max(1.0, self.decay_fraction * self.max_steps))
+        return min(warm, decay)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pre-training: one seed one model, stops and resumes, and the folder it leaves."""
 
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -25,6 +26,7 @@ TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_atten
 QUICK = PretrainSettings(
     tokens=7 * 2 * 32 + 5,
     batch_size=2,
+    eval_texts=2,
     max_length=32,
     warmup_steps=2,
     log_steps=2,
@@ -39,14 +41,14 @@ FILES += ["pretraining.json", "tokenizer.json", "tokenizer_config.json"]
 
 @pytest.fixture(scope="module", autouse=True)
 def few_texts_at_once():
-    """Blocks of four steps, so that a run of seven crosses from one to the next; two families in the mixture."""
+    """Blocks of eight texts, four steps, so that a run of seven crosses from one to the next; two families in the mixture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "BLOCK", 4)
+        patch.setattr(pretraining, "BLOCK", 8)
         patch.setattr(pretraining, "FAMILIES", {name: FAMILIES[name] for name in ("glycolysis", "schnakenberg")})
         patch.setattr("m2helpers.synthetic.FAMILIES", pretraining.FAMILIES)
-        pretraining._block.cache_clear()
+        pretraining._held_out.cache_clear()
         yield
-        pretraining._block.cache_clear()
+        pretraining._held_out.cache_clear()
 
 
 def _run(folder, settings=QUICK, **options):
@@ -161,15 +163,41 @@ def test_padding_changes_no_loss():
     model = Qwen2ForCausalLM(embedded_config(**TINY, initializer_range=0.3)).eval()
     ids = tokenise(["1.16,1.27;0.90,0.95;", "0.5;", "12;7;"], embedded_tokenizer())
     with torch.no_grad():
-        together = pretraining._loss(model, right_pad(ids, 256), "cpu").item()
-        apart = [pretraining._loss(model, right_pad([row], 256), "cpu").item() for row in ids]
+        together, *apart = (
+            pretraining._loss(model, torch.from_numpy(right_pad(rows, 256)[0])).item()
+            for rows in (ids, *([row] for row in ids))
+        )
     assert together == pytest.approx(np.average(apart, weights=[len(row) - 1 for row in ids]), rel=1e-5)
 
 
 def test_no_text_is_seen_twice():
     """Eight steps are two blocks of texts: the second is another one."""
-    rows = [row.tobytes() for step in range(8) for row in pretraining._batch(QUICK, step, embedded_tokenizer())[0]]
-    assert len(rows) == len(set(rows)) == 16
+    texts = list(pretraining._texts(replace(QUICK, tokens=8 * 2 * 32), 0, "cpu"))
+    assert [batch.shape for batch in texts] == [(2, 32)] * 8
+    assert len({row.numpy().tobytes() for batch in texts for row in batch}) == 16
+
+
+def test_every_batch_size_and_every_start_gives_the_same_texts():
+    """Steps of four texts read what steps of two read, and a run that goes on in the middle of a block misses none."""
+    settings = replace(QUICK, tokens=8 * 2 * 32)
+    whole = torch.cat(list(pretraining._texts(settings, 0, "cpu")))
+    assert torch.equal(torch.cat(list(pretraining._texts(replace(settings, batch_size=4), 0, "cpu"))), whole)
+    for first in range(1, 8):
+        assert torch.equal(torch.cat(list(pretraining._texts(settings, first, "cpu"))), whole[2 * first :])
+
+
+def test_texts_drawn_by_workers_are_the_same(monkeypatch):
+    """Beside a GPU other processes draw them: in order, none twice, and no matter that the whole group is told to end."""
+    settings = replace(QUICK, tokens=20 * 2 * 32)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    texts = pretraining._texts(settings, 0, "cuda")
+    drawn = [next(texts)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker, number in zip(workers, (signal.SIGTERM, signal.SIGINT), strict=True):
+        os.kill(worker.pid, number)
+    assert torch.equal(torch.cat(drawn + list(texts)), torch.cat(list(pretraining._texts(settings, 0, "cpu"))))
+    assert not multiprocessing.active_children()
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -226,16 +254,16 @@ def test_what_cannot_be_gone_on_from(whole, tmp_path, tiny_folder):
 
 
 def test_a_signal_saves_and_stops_within_one_step(whole, tmp_path, monkeypatch):
-    batch, seen = pretraining._batch, []
+    loss, seen = pretraining._loss, []
 
     def ask(*args):
         seen.append(args)
-        if len(seen) == 4:
+        if len(seen) == 6:  # three steps, two families validated, and the fourth step
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch(*args)
+        return loss(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 4; --resume goes on from there"):
-        patch.setattr(pretraining, "_batch", ask)
+        patch.setattr(pretraining, "_loss", ask)
         _run(tmp_path / "run")
     _run(tmp_path / "run", resume=True)
     _agree(whole[0], tmp_path / "run")
