@@ -26,19 +26,20 @@ def seed_records(folder: Path, stage: str) -> list[Path]:
 
 
 def seeds_table(base: str = "embedded") -> str:
-    """P5 error of the long runs over their seeds in Markdown: the mean, and of several the smallest and the largest."""
-    lines = markdown_header("run", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
+    """P5 errors of the long runs over their seeds in Markdown: the mean, and of several the smallest and the largest."""
+    lines = markdown_header("run", "error", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage in FINAL_STAGES:
         paths = seed_records(checkpoint_folder(base), stage)
         test = [[r for r in from_json(read_json(path)) if (r.protocol, r.split) == ("P5", "test")] for path in paths]
-        runs = [{r.context: r.mae for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
-        cells = []
-        for errors in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True) if runs else []:
-            known = [error for error in errors if error is not None]  # none where no forecast was valid
-            spread = f" ({min(known):.4f}–{max(known):.4f})" if len(known) > 1 else ""  # one seed has none
-            cells.append(f"{np.mean(known):.4f}{spread}" if known else NO_FORECAST)
-        if cells:
-            lines.append(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
+        runs = [{r.context: r for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
+        for measure in ("mae", "mse") if runs else ():
+            cells = []
+            for results in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True):
+                errors = [getattr(result, measure) for result in results]
+                known = [error for error in errors if error is not None]  # none where no forecast was valid
+                spread = f" ({min(known):.4f}–{max(known):.4f})" if len(known) > 1 else ""  # one seed has none
+                cells.append(f"{np.mean(known):.4f}{spread}" if known else NO_FORECAST)
+            lines.append(f"| {stage} | {measure.upper()} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

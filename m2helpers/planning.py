@@ -150,7 +150,7 @@ PLANS = {
         STAGES["initial"],
         STAGES["final"],
         extended=STAGES["extended"],
-        learning_rates=(5e-3, 1e-2, 2e-2),
+        learning_rates=(2.5e-3, 5e-3, 1e-2),
         long_rate=0.25,  # at half of the best of a grid and more, three long runs lost their way within 300 steps
         sweep_steps=80,
         ablations=ABLATIONS,

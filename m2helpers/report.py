@@ -203,6 +203,23 @@ def headline_table(base: str = "embedded") -> str:
     return "\n".join(lines)
 
 
+def pretraining_summary(base: str = "embedded") -> str:
+    """Where a base comes from in one sentence: tokens, time by machine, FLOPs; from the record beside its weights."""
+    path = checkpoint_folder(base) / "base" / "pretraining.json"
+    if not path.is_file():
+        return "No pre-training has been recorded for this base."
+    record = read_json(path)
+    sittings = pd.DataFrame([*record["before"], record])[["machine", "tokens", "seconds"]]
+    where = [
+        f"{row['tokens'] / 1e6:,.0f} million in {row['seconds'] / 60:,.0f} minutes on {machine}"
+        for machine, row in sittings.groupby("machine", sort=False).sum().iterrows()
+    ]
+    return (
+        f"Pre-training took {record['total']['tokens'] / 1e6:,.0f} million tokens in {len(sittings)} sittings ({'; '.join(where)}) "
+        f"and {record['total']['flops']:.2g} FLOPs, which are not charged to the {CAP:.0e}."
+    )
+
+
 def spending_table(base: str = "embedded") -> str:
     """What the committed ledger of a base holds in Markdown, by stage and kind."""
     path = checkpoint_folder(base) / "ledger.csv"
@@ -252,6 +269,7 @@ def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
         "results": headline_table(),
+        "pretraining": pretraining_summary(),
         "seeds": seeds_table(),
         "sweeps": sweeps_table(),
         "ablations": ablations_table(),

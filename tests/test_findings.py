@@ -51,11 +51,16 @@ def test_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "from_json", lambda rows: [type("Row", (), row) for row in rows])
     for name, mae in {"final": 0.1, "final-seed1": 0.3}.items():
         (tmp_path / name).mkdir()
-        rows = [dict(protocol="P5", split="test", context=context, mae=mae) for context in (128, 512, 768)]
+        rows = [
+            dict(protocol="P5", split="test", context=context, mae=mae, mse=mae / 10) for context in (128, 512, 768)
+        ]
         (tmp_path / name / "metrics.json").write_text(json.dumps(rows))
-    assert findings.seeds_table().splitlines()[2] == "| final | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3
+    assert findings.seeds_table().splitlines()[2:] == [
+        "| final | MAE | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3,
+        "| final | MSE | 2 |" + " 0.0200 (0.0100–0.0300) |" * 3,
+    ]
     (tmp_path / "final-seed1" / "metrics.json").unlink()
-    assert findings.seeds_table().splitlines()[2] == "| final | 1 |" + " 0.1000 |" * 3
+    assert findings.seeds_table().splitlines()[2] == "| final | MAE | 1 |" + " 0.1000 |" * 3
 
 
 def test_sweeps_stand_in_the_order_of_their_losses(sweeps):

@@ -68,6 +68,21 @@ def test_the_spending_follows_the_ledger(tmp_path, monkeypatch):
     assert report.spending_table().splitlines()[-1] == "| **all** | 3e+14 | 3e+14 | 0.3000% |"
 
 
+def test_the_pre_training_follows_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "checkpoint_folder", lambda base: tmp_path)
+    assert "No pre-training" in report.pretraining_summary()
+    (tmp_path / "base").mkdir()
+    sittings = [
+        dict(machine=machine, tokens=n * 10**6, seconds=60 * n) for machine, n in (("one", 2), ("two", 9), ("one", 3))
+    ]
+    record = sittings[-1] | {"before": sittings[:-1], "total": {"tokens": 14e6, "flops": 1.5e15}}
+    (tmp_path / "base" / "pretraining.json").write_text(json.dumps(record))
+    assert report.pretraining_summary() == (
+        "Pre-training took 14 million tokens in 3 sittings (5 million in 5 minutes on one; 9 million in 9 minutes on two) "
+        "and 1.5e+15 FLOPs, which are not charged to the 1e+17."
+    )
+
+
 def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "BENCHMARKS", tmp_path / "benchmarks.json")
     assert report.benchmarks_table() == "No benchmark has been recorded."
