@@ -113,8 +113,9 @@ def evaluate(options) -> None:
     for protocol in protocols:
         for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
             rows.setdefault(row.model, []).append(row)
+    digits = {"MSE": lambda mse: f"{mse:.3g}" if mse != "" else mse}  # none where no forecast was valid
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.float_format", "{:.4f}".format):
-        print(results_table(rows, reference=None).to_string(index=False))
+        print(results_table(rows, reference=None).to_string(index=False, formatters=digits))
 
 
 def forecast(options) -> None:

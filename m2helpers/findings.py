@@ -32,13 +32,13 @@ def seeds_table(base: str = "embedded") -> str:
         paths = seed_records(checkpoint_folder(base), stage)
         test = [[r for r in from_json(read_json(path)) if (r.protocol, r.split) == ("P5", "test")] for path in paths]
         runs = [{r.context: r for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
-        for measure in ("mae", "mse") if runs else ():
+        for measure, shown in (("mae", ".4f"), ("mse", ".3g")) if runs else ():
             cells = []
             for results in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True):
                 errors = [getattr(result, measure) for result in results]
                 known = [error for error in errors if error is not None]  # none where no forecast was valid
-                spread = f" ({min(known):.4f}–{max(known):.4f})" if len(known) > 1 else ""  # one seed has none
-                cells.append(f"{np.mean(known):.4f}{spread}" if known else NO_FORECAST)
+                spread = f" ({min(known):{shown}}–{max(known):{shown}})" if len(known) > 1 else ""  # one seed has none
+                cells.append(f"{np.mean(known):{shown}}{spread}" if known else NO_FORECAST)
             lines.append(f"| {stage} | {measure.upper()} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

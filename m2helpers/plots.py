@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .evaluation import Result
 
@@ -39,6 +40,14 @@ def use_style() -> None:
             "svg.hashsalt": "m2helpers",
         }
     )
+
+
+def log_scale(ax: Axes) -> None:
+    """Make the upright axis logarithmic, with plain numbers at 1, 2 and 5 of every decade."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_series(ax: Axes, time: np.ndarray, values: np.ndarray, **line) -> None:
@@ -101,7 +110,8 @@ def plot_per_step(ax: Axes, results: Mapping[str, Result], colours: Mapping[str,
             steps = np.arange(1, len(result.per_step_mae) + 1)
             above = 3 if name in STAGES else 2  # a model is never hidden by a baseline
             ax.plot(steps, result.per_step_mae, "o-", ms=3, label=name, color=colours[name], zorder=above)
-    ax.set(xlabel="steps ahead", ylabel="mean absolute error\n(population units)", yscale="log")
+    ax.set(xlabel="steps ahead", ylabel="mean absolute error\n(population units)")
+    log_scale(ax)
 
 
 def plot_horizons(panels: Mapping[str, Mapping[str, Result]]) -> Figure:
@@ -136,7 +146,8 @@ def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: 
             zorder=3 if name in STAGES else 2,
         )
     contexts = sorted({row.context for rows in results.values() for row in rows})
-    ax.set(xlabel="context (tokens)", ylabel="mean absolute error\n(population units)", yscale="log", xticks=contexts)
+    ax.set(xlabel="context (tokens)", ylabel="mean absolute error\n(population units)", xticks=contexts)
+    log_scale(ax)
 
 
 def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result]], spread: Sequence[float]) -> None:
@@ -160,7 +171,7 @@ def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result
     contexts = sorted({row.context for rows in results.values() for row in rows})
     for ax, unit in zip(axes, ("population units", "% of standard deviation"), strict=True):
         ax.set(xlabel="context (tokens)", ylabel=f"mean absolute error\n({unit})", xticks=contexts)
-        ax.set_ylim(bottom=0)
+        log_scale(ax)
 
 
 def plot_by_family(ax: Axes, losses: Mapping[str, Mapping[str, float]]) -> None:

@@ -115,7 +115,7 @@ def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[st
     table = {label: {f"S = {row.context}": _errors(row) for row in rows} for label, rows in results.items()}
     for stage in published:
         label = f"{stage}: {PUBLISHED_SOURCE}"
-        table[label] = {f"S = {context}": f"{mae:.4f}; {mse:.4f}" for context, (mae, mse) in PUBLISHED[stage].items()}
+        table[label] = {f"S = {context}": f"{mae:.4f}; {mse:.3g}" for context, (mae, mse) in PUBLISHED[stage].items()}
     return pd.DataFrame(table).T.rename_axis("P5 MAE (95 % interval); MSE", axis=1)
 
 
@@ -321,7 +321,7 @@ def fill_pages() -> list[Path]:
 def _errors(result: Result) -> str:
     """Both mean errors of a result in a cell."""
     interval = f" ({_interval(result)})" if result.ci_mae else ""
-    return NO_FORECAST if result.mae is None else f"{result.mae:.4f}{interval}; {result.mse:.4f}"
+    return NO_FORECAST if result.mae is None else f"{result.mae:.4f}{interval}; {result.mse:.3g}"
 
 
 def _interval(result: Result) -> str:

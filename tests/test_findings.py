@@ -57,7 +57,7 @@ def test_seeds(tmp_path, monkeypatch):
         (tmp_path / name / "metrics.json").write_text(json.dumps(rows))
     assert findings.seeds_table().splitlines()[2:] == [
         "| final | MAE | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3,
-        "| final | MSE | 2 |" + " 0.0200 (0.0100–0.0300) |" * 3,
+        "| final | MSE | 2 |" + " 0.02 (0.01–0.03) |" * 3,
     ]
     (tmp_path / "final-seed1" / "metrics.json").unlink()
     assert findings.seeds_table().splitlines()[2] == "| final | MAE | 1 |" + " 0.1000 |" * 3

@@ -272,6 +272,14 @@ def test_a_signal_saves_and_stops_within_one_step(whole, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 0), ("tokens", -1), ("learning_rate", -1e-3), ("weight_decay", float("nan"))]
+)
+def test_settings_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} .*: must be at least [01]"):
+        PretrainSettings(**{name: value})
+
+
 def test_other_settings_do_not_resume(tmp_path):
     _run(tmp_path, stop_after=0.0)
     before = (tmp_path / "state.safetensors").read_bytes()

@@ -132,7 +132,7 @@ def test_results_table_shows_invalid_forecasts_and_changes():
 
 def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
     table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
-    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.0400", "no valid forecast", "0.0726; 0.0263"]
+    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.04", "no valid forecast", "0.0726; 0.0263"]
     assert "not run here" in table.index[2]
 
 
