@@ -22,7 +22,7 @@ def model_card(record: dict) -> str:
     flags = [
         f" --{f.name.replace('_', '-')} {settings[f.name]}"
         for f in fields(PretrainSettings)
-        if f.name in ("tokens", "seed") or settings.get(f.name, f.default) != f.default
+        if f.name in ("tokens", "seed") or settings[f.name] != f.default
     ]
     return f"""---
 license: mit

@@ -8,6 +8,13 @@ from dataclasses import dataclass, fields
 from .files import UserError
 
 
+def _check_least(settings: object, least: dict[str, int]) -> None:
+    """Refuse settings below their least values, and what is no number (`UserError`)."""
+    for name, value in least.items():
+        if not getattr(settings, name) >= value:
+            raise UserError(f"{name} {getattr(settings, name)}: must be at least {value}")
+
+
 @dataclass(frozen=True)
 class PretrainSettings:
     """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
@@ -42,10 +49,7 @@ class PretrainSettings:
     """Of the weights and of the stream of texts."""
 
     def __post_init__(self):
-        for setting in fields(self):
-            least = 0 if setting.type == "float" or setting.name == "seed" else 1
-            if not getattr(self, setting.name) >= least:
-                raise UserError(f"{setting.name} {getattr(self, setting.name)}: must be at least {least}")
+        _check_least(self, {f.name: 0 if f.type == "float" or f.name == "seed" else 1 for f in fields(self)})
 
     @property
     def max_steps(self) -> int:
@@ -117,9 +121,7 @@ class TrainSettings(LoraSettings):
             if setting.type == "float":  # 16 and 16.0 are one setting, and have one hash
                 object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {value}")
+        _check_least(self, least)
         if not 0 <= self.rescale <= 2:
             raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
         for name in ("random_start", "numeric_head", "gradient_checkpointing"):

@@ -178,9 +178,8 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(monkeypatch):
     ids, _ = right_pad(
         tokenise(["1.16,1.27;0.90,0.95;", "0.5;", "12;7;", "3.14;2.72;", "8;"], embedded_tokenizer()), 256
     )
-    monkeypatch.setattr(
-        pretraining, "mixed_precision", lambda model: nullcontext()
-    )  # whose rounding hides little things
+    # In bfloat16, rounding would hide small differences.
+    monkeypatch.setattr(pretraining, "mixed_precision", lambda model: nullcontext())
     found = []
     for texts in (5, 2):
         monkeypatch.setattr(pretraining, "CPU_TEXTS", texts)
