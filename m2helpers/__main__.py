@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_type_hints
 
+from safetensors import SafetensorError
+
 from . import commands
 from .data import DATA_FILE, SimulatorSettings
 from .files import UserError
@@ -32,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
         return 1
-    except OSError as error:  # a file that cannot be written, a full disk
-        tell(f"{error.filename}: {error.strerror}; check name and disk")
+    except (OSError, SafetensorError) as error:  # a file that cannot be written, a full disk
+        named = isinstance(error, OSError) and error.filename
+        tell(f"{error.filename}: {error.strerror}; check name and disk" if named else f"{error}; check the disk")
         return 1
     except KeyboardInterrupt:
         tell("stopped; a command that has --resume goes on from its last save with it")
@@ -82,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(added, PretrainSettings)
 
     added = command("train", commands.train, "fine-tune a base with LoRA")
-    added.add_argument("--stage", choices=tuple(STAGES), default="initial", help="whose settings to start from")
+    added.add_argument(
+        "--stage", choices=tuple(STAGES), default="initial", help="of the base's plan: the settings to start from"
+    )
     added.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     added.add_argument("--resume", action="store_true")
     added.add_argument("--track", choices=TRACKERS, help="log losses there too (default: nowhere)")

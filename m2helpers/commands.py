@@ -55,10 +55,14 @@ def _given(options, settings: type) -> dict:
 
 def train(options) -> None:
     from .models import load_base
-    from .settings import STAGES, TrainSettings
+    from .planning import plan_of
+    from .settings import TrainSettings
     from .training import train_lora
 
-    settings = replace(STAGES[options.stage], **_given(options, TrainSettings))
+    planned = getattr(plan_of(options.model), options.stage)  # learning rates that suit the base
+    if planned is None:
+        raise UserError(f"--stage {options.stage}: the plan of {options.model} has no such run; give initial or final")
+    settings = replace(planned, **_given(options, TrainSettings))
     how = dict(stage=options.stage, resume=options.resume, track=options.track)
     result = train_lora(load_base(options.model), load_dataset(options.data), settings, options.output_dir, **how)
     best = result.history["val_loss"].min()
@@ -73,6 +77,8 @@ def experiments(options) -> None:
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
     plan = find_plan(options.plan) if options.plan else plan_of(options.model)
     plan = replace(plan, seeds=options.seeds)
+    if stages and not plan.runs_of(**stages):
+        raise UserError(f"sweep {options.sweep}: this plan has no such runs; choose another sweep or --plan embedded")
     how = dict(resume=options.resume, track=options.track)
     run_plan(plan, options.model, load_dataset(options.data), folder, **how, **stages)
     for kind in ("sweep", "ablation"):
@@ -113,9 +119,8 @@ def evaluate(options) -> None:
     for protocol in protocols:
         for row in evaluate_baselines(dataset, codec, protocol, **where, cache=BASELINE_CACHE):
             rows.setdefault(row.model, []).append(row)
-    digits = {"MSE": lambda mse: f"{mse:.3g}" if mse != "" else mse}  # none where no forecast was valid
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.float_format", "{:.4f}".format):
-        print(results_table(rows, reference=None).to_string(index=False, formatters=digits))
+        print(results_table(rows, reference=None).to_string(index=False))
 
 
 def forecast(options) -> None:
@@ -125,9 +130,15 @@ def forecast(options) -> None:
     series = read_series(options.file)
     if options.scale == "run" and run is None:
         raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
+    codecs = []
+    for index, values in enumerate(series):  # all of them before the first forecast
+        try:
+            own = Codec(fit_scale(values), run.codec.precision if run else 2) if options.scale == "own" else run.codec
+        except UserError as error:
+            raise UserError(f"{options.file}, series {index}: {error}") from None
+        codecs.append(own)
     rows, invalid, how = [], 0, dict(constrained=constrained)
-    for index, values in enumerate(series):
-        codec = run.codec if options.scale == "run" else Codec(fit_scale(values), run.codec.precision if run else 2)
+    for index, (values, codec) in enumerate(zip(series, codecs, strict=True)):
         if options.samples:
             drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
             invalid += options.samples - len(drawn)
@@ -142,7 +153,7 @@ def forecast(options) -> None:
         pd.DataFrame(rows, columns=["series", "sample", "step", *names]).to_csv(temporary, index=False)
     print(
         f"{options.out}: {len(series)} series, {options.steps} steps ahead"
-        + (f"; {invalid} did not parse whole" if invalid else "")
+        + (f"; {invalid} did not parse whole: with --constrained all do" if invalid else "")
     )
 
 

@@ -17,6 +17,7 @@ from scipy.stats import norm
 from sklearn.model_selection import train_test_split
 
 from .files import UserError, atomic_path
+from .settings import check_least
 
 DATA_FILE = Path(__file__).parent.parent / "data" / "lotka_volterra_data.h5"
 VARIABLES = ("prey", "predator")
@@ -64,11 +65,9 @@ class SimulatorSettings:
     correlation_a_h: float = -0.2  # eager attackers saturate less
 
     def __post_init__(self) -> None:
-        if self.systems < 1 or self.steps < 2 or not 0 < self.t_max < np.inf:
-            raise UserError(
-                f"simulator settings: systems {self.systems}, steps {self.steps}, t_max {self.t_max}; "
-                "need at least 1 system, 2 steps and a positive finite t_max"
-            )
+        check_least(self, dict(systems=1, steps=2, seed=0))
+        if not 0 < self.t_max < np.inf:
+            raise UserError(f"t_max {self.t_max}: must be positive and finite")
 
 
 def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
@@ -239,10 +238,12 @@ def read_series(path: str | os.PathLike) -> np.ndarray:
 
 def _read_csv(path: Path) -> np.ndarray:
     try:
-        cells = pd.read_csv(path, header=None, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
+        how = dict(header=None, skipinitialspace=True, skip_blank_lines=False, encoding="utf-8-sig")
+        cells = pd.read_csv(path, dtype=str, **how)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as CSV ({reason}); give comma-separated text or HDF5") from None
+    cells = cells.iloc[: np.flatnonzero(cells.notna().any(axis=1)).max(initial=0) + 1]  # blank lines at the end
     numbers = cells.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     text = numbers.iloc[0].isna().all() and cells.iloc[0].notna().any()
     counted = pd.isna(cells.iloc[0, 0]) and cells.iloc[0, 1:].tolist() == [str(i) for i in range(cells.shape[1] - 1)]

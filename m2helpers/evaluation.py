@@ -101,7 +101,7 @@ def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: i
     Raises
     ------
     UserError
-        If the protocol is unknown or the series are too short for it.
+        If the protocol is unknown, the series are too short for it, or the context is.
     """
     if protocol == "P5":
         cases = [case for i, values in enumerate(trajectories) for case in _p5_cases(i, values, codec, context)]
@@ -116,8 +116,11 @@ def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: i
         raise UserError(f"protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
     if not cases:
         raise UserError(
-            f"protocol {protocol}: series of {trajectories.shape[1]} steps are too short for context {context}; use longer ones"
+            f"protocol {protocol}: series of {trajectories.shape[1]} steps are too short for context {context}; "
+            "use longer ones, or P5 with a shorter context"
         )
+    if not all(len(_numeric_context(codec, case, trajectories.shape[2])) for case in cases):
+        raise UserError(f"protocol {protocol}: a window of {context} tokens holds no whole step; use a longer context")
     return cases
 
 
@@ -176,8 +179,9 @@ def evaluate(
     """
     trajectories = dataset.part(split)[:limit]
     results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained)
-    for context in contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]:
-        cases = make_cases(trajectories, codec, protocol, context)
+    lengths = contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]
+    cases_of = {n: make_cases(trajectories, codec, protocol, n) for n in lengths}  # refused before anything is spent
+    for context, cases in cases_of.items():
         n_variables = trajectories.shape[2]
         started, forecasts, flops = time.perf_counter(), [], 0
         for first in tqdm(range(0, len(cases), batch_size), desc=f"{protocol} {context}", unit="batch", leave=False):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
 
@@ -26,6 +29,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     ----------
     path : path-like
         The file to be written. Missing parent folders are made.
+
+    Raises
+    ------
+    OSError
+        With the file's name, if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +43,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # of a full disk, some libraries tell neither file nor number
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

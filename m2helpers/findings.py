@@ -21,8 +21,10 @@ def markdown_header(*names: str) -> list[str]:
 
 
 def seed_records(folder: Path, stage: str) -> list[Path]:
-    """The measurements of a stage in a base's folder, of its first seed and of every other."""
-    return [*folder.glob(f"{stage}/metrics.json"), *sorted(folder.glob(f"{stage}-seed*/metrics.json"))]
+    """The measurements of a stage in a base's folder: of its first seed, and of every other of the same base on the same data."""
+    paths = [*folder.glob(f"{stage}/metrics.json"), *sorted(folder.glob(f"{stage}-seed*/metrics.json"))]
+    origins = [{(row["data_sha256"], row["base_sha256"]) for row in read_json(path)} for path in paths]
+    return [path for path, origin in zip(paths, origins, strict=True) if origin == origins[0]]
 
 
 def seeds_table(base: str = "embedded") -> str:
@@ -58,7 +60,9 @@ def ablations_table(base: str = "embedded") -> str:
     if table.empty:
         return "No ablation has been recorded for this base."
     table["change"] = table["run"].map(_in_words)
-    return _rows(table.sort_values("val_loss"), ["change", "max_steps", "val_loss", *_errors(table), "flops"])
+    return _rows(
+        table.sort_values("val_loss"), ["change", "learning_rate", "max_steps", "val_loss", *_errors(table), "flops"]
+    )
 
 
 def grid_losses(base: str = "embedded") -> pd.DataFrame:

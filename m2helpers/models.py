@@ -168,7 +168,7 @@ def _check_memory(name: str, needed: int, device: str) -> None:
 
 def load_config(name: str):
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
-    folder = _find_folder(name)
+    folder = _find_folder(name, weights=False)
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -250,7 +250,7 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocab, merges=[], **special)
 
 
-def _find_folder(name: str) -> Path:
+def _find_folder(name: str, weights: bool = True) -> Path:
     if name == EMBEDDED:
         return checkpoint_folder(EMBEDDED) / "base"
     if Path(name).is_dir():
@@ -259,10 +259,11 @@ def _find_folder(name: str) -> Path:
         raise UserError(
             f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder"
         )
-    patterns = ["*.json", "*.safetensors", "*.txt"]
+    patterns = ["*.json", "*.txt", "*.safetensors"] if weights else ["config.json"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if any(folder.glob("model*.safetensors")):  # a cache can hold a config or a tokenizer alone
+        needed = "model*.safetensors" if weights else "config.json"
+        if any(folder.glob(needed)):  # a cache can hold a config or a tokenizer alone
             return folder
     except (OSError, ValueError):
         pass  # not in the cache yet, or no name that a hub could know: the next error says which

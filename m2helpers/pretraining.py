@@ -7,6 +7,7 @@ MiniCPM, 2024).
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
@@ -139,6 +140,8 @@ def pretrain(
             save = record["step"] % settings.save_steps == 0 or last or stop
             if log or save:
                 losses[:] = map(float, losses)  # not at every step: reading one waits until a GPU has come to it
+                if not all(map(math.isfinite, losses)):
+                    raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
             if log:
                 row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
                 row["learning_rate"] = settings.learning_rate * settings.schedule(step)

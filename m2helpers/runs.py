@@ -17,7 +17,7 @@ import transformers
 from .data import Dataset
 from .files import UserError, read_json, sha256_json, write_text
 from .lora import load_adapter, merge, parameter_report, save_adapter
-from .models import Base, load_base
+from .models import EMBEDDED, Base, load_base
 from .settings import TrainSettings
 from .state import delete_state, has_state
 from .text import Codec
@@ -91,7 +91,7 @@ def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec
     return _identity(settings, dataset, base.sha256) | {
         "settings_sha256": settings_sha256(settings, dataset, base.sha256),
         "stage": stage,
-        "base": base.name,
+        "base": str(Path(base.name).resolve()) if base.name != EMBEDDED and Path(base.name).is_dir() else base.name,
         "data": Path(dataset.path).name,
         "scale": codec.scale,
         "codec": asdict(codec),
@@ -119,6 +119,8 @@ def check_folder(folder: Path | None, config: dict, resume: bool) -> None:
         raise UserError(f"{folder}: holds a run that was stopped; add --resume to go on with it, or delete it")
     elif (folder / "history.csv").exists():  # without it, the run was stopped before its first save: nothing is lost
         raise UserError(f"{folder}: holds a finished run; choose another folder or delete it")
+    elif (folder / "config.json").exists() and "settings_sha256" not in read_json(folder / "config.json"):
+        raise UserError(f"{folder}: holds a model; choose another folder")
 
 
 def is_finished(folder: Path) -> bool:
@@ -128,7 +130,7 @@ def is_finished(folder: Path) -> bool:
 
 def finish(folder: Path, history: pd.DataFrame, config: dict, settings: TrainSettings, base: Base) -> None:
     """Write a run's adapter, history and model card, and delete the state it would have resumed from."""
-    save_adapter(base.model, folder, settings, base.name, base.sha256)
+    save_adapter(base.model, folder, settings, config["base"], base.sha256)
     write_text(folder / "history.csv", history.to_csv(index=False))
     write_text(folder / "README.md", _model_card(folder.name, history, config, parameter_report(base.model)))
     delete_state(folder)

@@ -8,11 +8,16 @@ from dataclasses import dataclass, fields
 from .files import UserError
 
 
-def _check_least(settings: object, least: dict[str, int]) -> None:
+def check_least(settings: object, least: dict[str, int]) -> None:
     """Refuse settings below their least values, and what is no number (`UserError`)."""
     for name, value in least.items():
         if not getattr(settings, name) >= value:
             raise UserError(f"{name} {getattr(settings, name)}: must be at least {value}")
+
+
+def _check_max_grad_norm(settings: object) -> None:
+    if not settings.max_grad_norm > 0:  # 0 would not mean "no clipping" but no gradient
+        raise UserError(f"max_grad_norm {settings.max_grad_norm}: give a number above 0, such as 1")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class PretrainSettings:
     """Of the weights and of the stream of texts."""
 
     def __post_init__(self):
-        _check_least(self, {f.name: 0 if f.type == "float" or f.name == "seed" else 1 for f in fields(self)})
+        least = {f.name: 0 if f.type == "float" or f.name == "seed" else 1 for f in fields(self)}
+        check_least(self, least | dict(max_length=2))
+        _check_max_grad_norm(self)
 
     @property
     def max_steps(self) -> int:
@@ -121,7 +128,7 @@ class TrainSettings(LoraSettings):
             if setting.type == "float":  # 16 and 16.0 are one setting, and have one hash
                 object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
-        _check_least(self, least)
+        check_least(self, least)
         if not 0 <= self.rescale <= 2:
             raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
         for name in ("random_start", "numeric_head", "gradient_checkpointing"):
@@ -132,8 +139,7 @@ class TrainSettings(LoraSettings):
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
         if not self.weight_decay >= 0:
             raise UserError(f"weight_decay {self.weight_decay}: give 0 or more, such as 0.01")
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm {self.max_grad_norm}: give a number above 0, such as 1")
+        _check_max_grad_norm(self)
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
 
@@ -158,7 +164,7 @@ EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 STAGES = {
     "initial": TrainSettings(lora_r=4, learning_rate=2.5e-3, max_length=512, max_steps=1000),
-    "final": TrainSettings(lora_r=8, learning_rate=2.5e-3, max_length=768, max_steps=1800),
+    "final": TrainSettings(lora_r=8, learning_rate=1.25e-3, max_length=768, max_steps=1800),
     "extended": TrainSettings(
         lora_r=16,
         lora_alpha=32,

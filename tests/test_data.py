@@ -93,8 +93,10 @@ def test_parameters_stay_in_their_ranges_and_are_correlated_as_stated():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(UserError, match=r"systems 0.*at least 1 system"):
+    with pytest.raises(UserError, match="systems 0: must be at least 1"):
         SimulatorSettings(systems=0)
+    with pytest.raises(UserError, match="seed -1: must be at least 0"):
+        SimulatorSettings(seed=-1)
 
 
 # ---------------------------------------------------------------- split, statistics, datasheet
@@ -291,7 +293,7 @@ def test_read_series_reads_hdf5_of_any_number_of_variables(tmp_path):
 
 
 def test_read_series_reads_one_column(tmp_path):
-    (tmp_path / "own.csv").write_text("level\n1\n2\n3\n")
+    (tmp_path / "own.csv").write_text("level\n1\n2\n3\n\n\n")  # blank lines at the end are no gap
     np.testing.assert_array_equal(read_series(tmp_path / "own.csv"), [[[1.0], [2.0], [3.0]]])
 
 
@@ -305,6 +307,8 @@ def test_read_series_reads_one_column(tmp_path):
         ("1,2\n3,4,5\n", "cannot be read as CSV .*Expected 2 fields in line 2, saw 3"),
         ("a,b\n1,2\n3,x\n", "trajectory 0, step 1, variable 1 is nan"),
         ("1,2\ninf,4\n", "trajectory 0, step 1, variable 0 is inf"),
+        ("level\n1\n\n3\n", "trajectory 0, step 1, variable 0 is nan"),  # a gap is a blank line
+        ("\n\n", "no value in it|No columns"),
         ("t,a\n0,1\n1,2\n3,3\n4,4\n", "uneven time axis, from step 1 .* by 2 "),
     ],
 )

@@ -111,6 +111,19 @@ def test_p5_asks_for_sixty_tokens_and_six_separators():
         make_cases(wide, CODEC, "P5", 280 - 70)  # five steps to the end, and no separator before them
 
 
+def test_a_context_holds_a_whole_step():
+    series = np.full((1, 20, 2), 1.0)  # ten tokens a step
+    with pytest.raises(UserError, match="a window of 9 tokens holds no whole step; use a longer context"):
+        make_cases(series, CODEC, "P5", 9)
+    assert make_cases(series, CODEC, "P5", 19)
+
+
+def test_every_context_is_looked_at_before_anything_is_forecast(tiny_base, small_data, monkeypatch):
+    monkeypatch.setattr("m2helpers.evaluation.generate", None)
+    with pytest.raises(UserError, match="too short for context 768; use longer ones, or P5 with a shorter context"):
+        evaluate(tiny_base(), Codec(1.0), small_data, "P5", contexts=[64, 768])
+
+
 def test_p5_rule_follows_the_precision():
     """In general the rest holds six of the shortest timesteps: 6 × 2 × 2 characters at precision 0."""
     series = np.full((1, 20, 2), 1.0)  # "1,1;"

@@ -3,6 +3,7 @@
 import hashlib
 
 import pytest
+from safetensors import SafetensorError
 
 from m2helpers.files import (
     UserError,
@@ -34,6 +35,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("failure", [SafetensorError("No space left on device"), OSError("No space left on device")])
+def test_a_write_that_fails_names_the_file(failure, tmp_path):
+    """Whatever the library that writes says, or does not say."""
+    with pytest.raises(OSError, match="No space left on device") as error, atomic_path(tmp_path / "a.bin"):
+        raise failure
+    assert error.value.filename == str(tmp_path / "a.bin")
 
 
 def test_text_and_json_round_trip(tmp_path):

@@ -49,11 +49,10 @@ def test_without_records_nothing_is_said(tmp_path, monkeypatch):
 def test_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "checkpoint_folder", lambda base: tmp_path)
     monkeypatch.setattr(findings, "from_json", lambda rows: [type("Row", (), row) for row in rows])
-    for name, mae in {"final": 0.1, "final-seed1": 0.3}.items():
+    for name, mae, data in (("final", 0.1, "a"), ("final-seed1", 0.3, "a"), ("final-seed2", 0.9, "of another file")):
         (tmp_path / name).mkdir()
-        rows = [
-            dict(protocol="P5", split="test", context=context, mae=mae, mse=mae / 10) for context in (128, 512, 768)
-        ]
+        about = dict(protocol="P5", split="test", data_sha256=data, base_sha256="b")
+        rows = [about | dict(context=context, mae=mae, mse=mae / 10) for context in (128, 512, 768)]
         (tmp_path / name / "metrics.json").write_text(json.dumps(rows))
     assert findings.seeds_table().splitlines()[2:] == [
         "| final | MAE | 2 |" + " 0.2000 (0.1000–0.3000) |" * 3,
@@ -98,7 +97,7 @@ def test_ablations_are_compared_with_the_published_setting(sweeps, record):
         "published setting (0.6000) after 200 steps: every linear layer -0.1000 (FLOPs ×1.50); rescaled series -0.0500"
         in said
     )
-    assert "three decimals" not in said and "| three decimals | 200 | 0.1000 |" in findings.ablations_table()
+    assert "three decimals" not in said and "| three decimals | 0.005 | 200 | 0.1000 |" in findings.ablations_table()
     record("final", 0.45)
     assert (
         "Half of the final run's steps bring the validation loss to 0.9000, all of them to 0.4500" in findings.advice()

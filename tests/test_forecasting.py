@@ -234,8 +234,7 @@ def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
     drawn = sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
     np.testing.assert_array_equal(drawn, [[[1, 2]], [[3, 4]]])
     texts[:] = ["x", "", ";"]
-    with pytest.raises(UserError, match="none of 3 sampled forecasts parsed whole; use a lower temperature"):
-        sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
+    assert sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3).shape == (0, 1, 2)
 
 
 # ---------------------------------------------------------------- refusals

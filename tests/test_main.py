@@ -141,6 +141,48 @@ def test_a_users_mistake_is_one_line_and_status_1(tmp_path, capsys):
     assert message.startswith(f"m2helpers encode: {missing}: no such file") and message.count("\n") == 1
 
 
+def test_a_stage_starts_from_the_settings_of_its_bases_plan(tiny_folder, data_file, tmp_path, capsys):
+    command = ["train", "--data", str(data_file), "--model", str(tiny_folder), "--output-dir", str(tmp_path / "run")]
+    brief = "--max-steps 1 --max-length 64 --batch-size 2 --eval-windows 2".split()
+    assert main([*command, "--stage", "initial", *brief]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["learning_rate"] == 1e-4
+    assert main([*command, "--stage", "extended", *brief]) == 1
+    assert "has no such run; give initial or final" in capsys.readouterr().err
+    assert main(["sweep", "ablation", "--model", str(tiny_folder), "--output-dir", str(tmp_path / "sweep")]) == 1
+    assert "this plan has no such runs" in capsys.readouterr().err
+
+
+def test_a_series_that_cannot_be_sampled_costs_no_other(tiny_folder, tmp_path, capsys, monkeypatch):
+    """Of two series, no sample of the first parses."""
+    drawn = iter([np.ones((0, 2, 1)), np.ones((3, 2, 1))])
+    monkeypatch.setattr("m2helpers.forecasting.sample_forecasts", lambda *_, **__: next(drawn))
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["trajectories"] = np.ones((2, 8, 1))
+    command = ["forecast", str(tmp_path / "two.h5"), "--model", str(tiny_folder), "--steps", "2", "--samples", "3"]
+    assert main([*command, "--out", str(tmp_path / "out.csv")]) == 0
+    assert "; 3 did not parse whole: with --constrained all do" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "out.csv")["series"].tolist() == [1] * 6
+    with h5py.File(tmp_path / "two.h5", "a") as file:
+        file["trajectories"][1] = 0
+    assert main([*command, "--out", str(tmp_path / "out.csv")]) == 1
+    assert "two.h5, series 1: the 99.7th percentile of the values is 0" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_status_1(tmp_path, capsys, monkeypatch):
+    """As HDF5 tells it: with no number and no name."""
+
+    def full(*_):
+        raise OSError("Unable to create file (no space left)")
+
+    monkeypatch.setattr(h5py, "File", full)
+    path = tmp_path / "data.h5"
+    assert main(["simulate", "--systems", "10", "--out", str(path)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"m2helpers simulate: {path}: Unable to create file (no space left); check name and disk\n"
+    )
+
+
 def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["simulate", "--systems", "10", "--out", str(tmp_path / "file" / "data.h5")]) == 1

@@ -224,6 +224,17 @@ def test_a_cache_without_weights_is_completed(tiny_folder, tmp_path, monkeypatch
     assert load_base("someone/tiny-model").model.config.hidden_size == 32
 
 
+def test_a_configuration_is_fetched_without_the_weights(tiny_folder, monkeypatch):
+    def download(name, allow_patterns, local_files_only=False):
+        assert allow_patterns == ["config.json"]
+        if local_files_only:
+            raise FileNotFoundError
+        return str(tiny_folder)
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    assert load_config("someone/large-model").hidden_size == 32
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -1,6 +1,6 @@
 """Plans: their price is that of their parts, and of the forecasts that are really made."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -13,6 +13,8 @@ from m2helpers.files import CHECKPOINTS, UserError
 from m2helpers.flops import CAP, training_flops
 from m2helpers.models import load_config
 from m2helpers.planning import (
+    ABLATION,
+    AS_PUBLISHED,
     PLANS,
     SWEEP_SERIES,
     SWEEPS,
@@ -25,7 +27,7 @@ from m2helpers.planning import (
     run_cost,
     table_cost,
 )
-from m2helpers.settings import TrainSettings
+from m2helpers.settings import STAGES, TrainSettings
 from m2helpers.text import Codec, fit_scale
 
 SETTINGS = TrainSettings(lora_r=4, max_length=512, max_steps=250, eval_steps=100, eval_windows=10, batch_size=4)
@@ -128,6 +130,16 @@ def test_long_runs_have_seeds_and_a_rate_that_follows_from_the_grid():
     assert {run.settings.learning_rate for run in runs[:3]} == {0.123 * PLANS["embedded"].long_rate}
     assert plan.extended.target_modules != plan.final.target_modules  # the grid says nothing about these layers
     assert {run.settings.learning_rate for run in runs[3:]} == {PLANS["embedded"].extended.learning_rate}
+
+
+def test_an_ablation_changes_what_it_says_and_nothing_else():
+    runs = {run.changed: asdict(run.settings) for run in PLANS["embedded"].runs_of([ABLATION])}
+    published, final = runs[AS_PUBLISHED], asdict(STAGES["final"])
+    assert {name for name in final if published[name] != final[name]} == {"max_steps", "learning_rate"}
+    changed = {words: {name for name in final if run[name] != published[name]} for words, run in runs.items()}
+    assert changed["three decimals"] == {"precision"} and changed["no dropout"] == {"lora_dropout"}
+    assert changed["every linear layer"] == {"target_modules", "learning_rate"}
+    assert all(changed[words] for words in runs if words != AS_PUBLISHED)
 
 
 def test_the_grid_grows_past_the_edge_that_is_best():

@@ -21,6 +21,7 @@ from m2helpers.flops import forward_account
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
 from m2helpers.pretraining import PretrainSettings, mixture_loss, pretrain
 from m2helpers.signals import Stopped
+from m2helpers.state import has_state
 from m2helpers.text import right_pad, tokenise
 
 TINY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -221,7 +222,7 @@ def test_texts_drawn_by_workers_are_the_same(monkeypatch):
 
 
 def test_the_rate_warms_up_stays_and_falls():
-    settings = PretrainSettings(tokens=100, batch_size=1, max_length=1, warmup_steps=10, decay_fraction=0.25)
+    settings = PretrainSettings(tokens=200, batch_size=1, max_length=2, warmup_steps=10, decay_fraction=0.25)
     rates = [settings.schedule(step) for step in range(settings.max_steps)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:76], 1.0)
@@ -293,11 +294,31 @@ def test_a_signal_saves_and_stops_within_one_step(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("batch_size", 0), ("tokens", -1), ("learning_rate", -1e-3), ("weight_decay", float("nan"))]
+    ("name", "value"),
+    [("batch_size", 0), ("max_length", 1), ("tokens", -1), ("learning_rate", -1e-3), ("weight_decay", float("nan"))],
 )
 def test_settings_that_mean_nothing_are_refused(name, value):
-    with pytest.raises(UserError, match=f"{name} .*: must be at least [01]"):
+    with pytest.raises(UserError, match=f"{name} .*: must be at least [012]"):
         PretrainSettings(**{name: value})
+
+
+def test_clipping_to_nothing_is_refused():
+    with pytest.raises(UserError, match="max_grad_norm 0: give a number above 0"):
+        PretrainSettings(max_grad_norm=0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    """By the next row of the history: the save before it stays."""
+    backward, taken = pretraining._backward, []
+
+    def diverge(*args):
+        taken.append(backward(*args))
+        return taken[-1] * (float("nan") if len(taken) == 4 else 1)
+
+    monkeypatch.setattr(pretraining, "_backward", diverge)
+    with pytest.raises(UserError, match="step 4: the loss is no longer a number; use a smaller learning_rate"):
+        _run(tmp_path)
+    assert has_state(tmp_path)
 
 
 def test_other_settings_do_not_resume(tmp_path):

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -469,6 +471,24 @@ def test_folders_that_hold_something_else_are_refused(run, train, tiny_base, sma
         train(QUICK, resume=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_not_overwritten(train, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    with pytest.raises(UserError, match="model: holds a model; choose another folder"):
+        train(QUICK, model)
+    assert (model / "config.json").read_bytes() == (tiny_folder / "config.json").read_bytes()
+
+
+def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    train_lora(load_base("models/tiny"), small_data, QUICK, Path("run"), progress=False)
+    monkeypatch.chdir("/")
+    assert load_run(tmp_path / "run").base.sha256 == load_base(str(tiny_folder)).sha256
+    assert read_json(tmp_path / "run" / "adapter_config.json")["base_model_name_or_path"] == str(
+        tmp_path / "models" / "tiny"
+    )
 
 
 def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, stop_after_a_save):
