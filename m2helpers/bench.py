@@ -41,6 +41,7 @@ ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"
 PROMPT = 16  # new tokens a row from which on a forward pass reads a prompt; decoding reads one or two
 ERROR_SERIES = 400  # whose forecasts say what a precision costs
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
+SCORED = {"all logits": {}, "last position": dict(scored_positions=1, vocabulary=16)}
 
 
 def random_qwen() -> Qwen2ForCausalLM:
@@ -227,13 +228,13 @@ def context_length(_: Dataset) -> dict:
         with torch.inference_mode():
             every = lambda: base.model(ids, use_cache=False).logits  # noqa: B023, E731
             last = lambda: base.model.base_model(ids).last_hidden_state[:, -1] @ head.weight[11:27].T  # noqa: B023, E731
-            times = {"all logits": [], "last position": []}
+            times = {side: [] for side in SCORED}
             for _ in range(ROUNDS):
                 times["all logits"].append(_timed(every))
                 times["last position"].append(_timed(last))
-        flops = forward_cost(base.model.config, 1, length, scored_positions=1, vocabulary=16).flops
         for row in _rows(times, "all logits"):
-            rows.append({"context": length, "flops": flops} | row)
+            cost = forward_cost(base.model.config, 1, length, **SCORED[row["side"]])
+            rows.append({"context": length, "flops": cost.flops} | row)
     return {"rows": rows}
 
 

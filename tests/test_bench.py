@@ -43,6 +43,8 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         assert row["ratio"] == pytest.approx(alternative["seconds"] / row["seconds"])
         if name.startswith("decode"):
             assert 0 < row["seconds_after_prefill"] < row["seconds"]
+        if name == "context":  # scoring more costs more
+            assert (row["flops"] < alternative["flops"]) == (row is not alternative)
         if name == "decode-embedded":
             expected = (0.201, 0.5) if "bfloat16" in row["side"] else (0.2, 0)
             assert (row["mae"], row["mae_change"]) == pytest.approx(expected)
