@@ -23,7 +23,7 @@ from m2helpers.evaluation import (
 )
 from m2helpers.files import UserError, read_json, write_json
 from m2helpers.forecasting import Generated
-from m2helpers.text import Codec
+from m2helpers.text import Codec, fit_scale
 
 CODEC = Codec(1.0)
 # What DESIGN.md promises of `evaluate --json`, and the two columns that comparisons need.
@@ -116,6 +116,25 @@ def test_a_context_holds_a_whole_step():
     with pytest.raises(UserError, match="a window of 9 tokens holds no whole step; use a longer context"):
         make_cases(series, CODEC, "P5", 9)
     assert make_cases(series, CODEC, "P5", 19)
+
+
+def test_every_split_is_measured_on_its_own_series(tiny_base, small_data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda b, c, texts, *_, **__: [seen.append(t) or Generated("", 1) for t in texts]
+    )
+    last_value = lambda cases, *_, **__: {"last": [np.repeat(known[-1:], n, axis=0) for known, n in cases]}  # noqa: E731
+    monkeypatch.setattr(evaluation, "run_baselines", last_value)
+    monkeypatch.setattr(evaluation, "BASELINES", {"last": None})
+    codec, errors = Codec(fit_scale(small_data.part("train"))), []
+    for split in ("train", "validation", "test"):
+        seen.clear()
+        evaluate(tiny_base(), codec, small_data, "P5", split=split, contexts=[64])
+        series = [codec.encode(values) for values in small_data.part(split)]
+        assert len(seen) == len(series) and all(map(str.startswith, series, seen))
+        (row,) = evaluate_baselines(small_data, codec, "P5", split=split, contexts=[64], cache=tmp_path)
+        errors.append(row.mae)
+    assert len(set(errors)) == 3
 
 
 def test_every_context_is_looked_at_before_anything_is_forecast(tiny_base, small_data, monkeypatch):

@@ -1,6 +1,6 @@
 """Carrying out a plan: in order, once, on from where it stopped, and never over another plan's runs."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pandas as pd
@@ -13,6 +13,7 @@ from m2helpers.files import UserError, checkpoint_folder, read_json, sha256_file
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.planning import Plan
 from m2helpers.settings import TrainSettings
+from m2helpers.text import fit_scale
 
 INITIAL = TrainSettings(
     lora_r=2, learning_rate=1e-2, batch_size=3, max_steps=4, max_length=48, eval_steps=2, save_steps=2, eval_windows=4
@@ -164,3 +165,32 @@ def test_one_sweep_alone(run, tmp_path):
     plan, _ = run(stages=["context"])
     assert plan == PLAN and best_of_grid(plan, tmp_path / "out") is None
     assert sorted(sweep_table(tmp_path / "out")["max_length"]) == [32, 48]
+
+
+def test_a_plan_measures_what_it_says_and_names_its_stages(run, tmp_path, small_data, monkeypatch):
+    ledger, seen, measure = Ledger(tmp_path / "ledger.sqlite"), [], experiments.evaluate
+    monkeypatch.setattr("m2helpers.models.default_ledger", lambda base: ledger)
+    monkeypatch.setattr(experiments, "SWEEP_SERIES", 0)  # noted, not passed on: no series would be refused
+    monkeypatch.setattr(
+        experiments, "evaluate", lambda *a, limit=None, **o: seen.append((o["split"], limit)) or measure(*a, **o)
+    )
+    run(replace(PLAN, contexts=(32,)), stages=["untrained", "initial", "context"])
+    assert seen == [("test", None), ("test", None), ("validation", 0)]
+    (row,) = read_json(tmp_path / "out" / "base" / "metrics.json")
+    assert row["scale"] == fit_scale(small_data.part("train"))
+    assert {entry["stage"] for entry in ledger.entries()} == {"untrained", "initial", "context"}
+
+
+def test_the_grid_is_judged_by_the_least_validation_loss(tmp_path):
+    runs = PLAN.runs_of(["grid"])
+    for number, planned in enumerate(runs):
+        (folder := tmp_path / planned.name).mkdir(parents=True)
+        least, last = (0.3, 0.9) if number == 4 else (0.5, 0.5)  # one run was best, and then lost its way
+        (folder / "history.csv").write_text(f"step,loss,val_loss,flops\n1,0.1,{least},1\n2,0.1,{last},2\n")
+        write_json(folder / "config.json", {"settings": asdict(planned.settings)})
+        rows = [
+            dict(protocol="P5", split=split, context=64, mae=mae) for split, mae in (("validation", 2), ("test", 0))
+        ]
+        write_json(folder / "metrics.json", rows)
+    assert best_of_grid(PLAN, tmp_path) == runs[4].settings
+    assert set(sweep_table(tmp_path)["MAE, S = 64"]) == {2}

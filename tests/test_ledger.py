@@ -40,6 +40,13 @@ def test_spending_is_reserved_before_and_settled_after(ledger):
     assert {train[key] for key in ("run", "stage", "settings_sha256")} == {"some-run", "initial", "abc"}
 
 
+def test_the_cap_holds_for_all_kinds_together(ledger):
+    with pytest.raises(CapReached, match="1001 FLOPs are needed next and 1000 are left"):
+        ledger.reserve(WHO, train=_cost(600), validate=_cost(401)).__enter__()
+    with ledger.reserve(WHO, train=_cost(600), validate=_cost(400)):
+        assert ledger.spent() == 1000
+
+
 def test_work_that_fails_is_charged_as_far_as_it_went(ledger):
     with pytest.raises(KeyboardInterrupt), ledger.reserve(WHO, train=_cost(600)) as bill:
         bill.add("train", _cost(50))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -79,6 +80,32 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     pd.DataFrame({"a": (np.sin(np.arange(30)) + 2) * 1e-7}).to_csv(series, index=False)
     assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
     assert pd.read_csv(out)["variable_0"].max() > 0  # small units keep their digits
+
+
+def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("m2helpers.evaluation.evaluate_baselines", lambda *_, **__: [])
+    own, other, run, out = (tmp_path / name for name in ("own.h5", "other.h5", "run", "metrics.json"))
+    for path in (own, other):
+        assert main(["simulate", "--out", str(path), "--systems", "10"]) == 0
+    with h5py.File(other, "a") as file:
+        file["trajectories"][...] *= 10
+    brief = "--stage initial --max-steps 1 --max-length 64 --batch-size 1 --eval-windows 1 --precision 3".split()
+    model = ["--model", str(tiny_folder)]
+    assert main(["train", *model, "--output-dir", str(run), "--data", str(own), *brief]) == 0
+    measured = ["--data", str(other), "--context", "128", "--json", str(out)]
+    assert main(["evaluate", "--run", str(run), *measured]) == 0
+    scale = json.loads((run / "config.json").read_text())["scale"]
+    (row,) = json.loads(out.read_text())
+    assert (row["scale"], row["precision"]) == (scale, 3)
+
+    used = []
+    made = SimpleNamespace(values=np.ones((2, 2)))
+    monkeypatch.setattr("m2helpers.forecasting.forecast", lambda base, codec, *_, **__: used.append(codec) or [made])
+    ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
+    for choice in ("run", "own"):
+        assert main(["forecast", str(other), "--run", str(run), "--scale", choice, *ahead]) == 0
+    assert {codec.scale for codec in used[:10]} == {scale} and scale not in {codec.scale for codec in used[10:]}
+    assert {codec.precision for codec in used} == {3}
 
 
 def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file, tmp_path, monkeypatch):

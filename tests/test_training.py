@@ -27,7 +27,7 @@ from m2helpers.models import Base, add_head_bias, embedded_config, embedded_toke
 from m2helpers.runs import load_run
 from m2helpers.settings import STAGES, TrainSettings
 from m2helpers.signals import Stopped
-from m2helpers.text import Codec, fit_scale
+from m2helpers.text import Codec, fit_scale, numeric_tokens
 from m2helpers.training import train_lora
 
 QUICK = TrainSettings(
@@ -553,6 +553,59 @@ def test_whole_numbers_and_floats_are_the_same_settings():
     assert json.dumps(asdict(whole)) == json.dumps(asdict(replace(QUICK, lora_alpha=32.0, weight_decay=0.0)))
 
 
+def test_a_step_is_clipped_adamw_at_the_scheduled_rate(tiny_base, small_data, monkeypatch):
+    """Against PyTorch's optimizer, given the same gradients."""
+    settings = replace(QUICK, max_grad_norm=0.01, weight_decay=0.1)
+    work = training.Training(tiny_base(), small_data, settings, Codec(1.0))
+    theirs = {name: torch.nn.Parameter(p.detach().clone()) for name, p in work.parameters.items()}
+    reference, step = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=0.1), work.optimizer.step
+
+    def noted(*args, **options):
+        for name, p in work.parameters.items():
+            theirs[name].grad = p.grad.clone()
+        return step(*args, **options)
+
+    monkeypatch.setattr(work.optimizer, "step", noted)
+    for number in range(4):
+        work.step()
+        assert torch.stack([p.grad.norm() for p in theirs.values()]).norm() <= 0.0101
+        reference.param_groups[0]["lr"] = settings.rate(number)
+        reference.step()
+        for name, p in work.parameters.items():
+            torch.testing.assert_close(p, theirs[name])
+
+
+@pytest.fixture
+def windows_read(monkeypatch):
+    """Every window that a loss was computed of."""
+    read, loss = [], training._loss
+    monkeypatch.setattr(training, "_loss", lambda base, batch, *rest: read.extend(batch) or loss(base, batch, *rest))
+    return read
+
+
+def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
+    codec = Codec(fit_scale(small_data.part("train")))
+    work = training.Training(tiny_base(), small_data, QUICK, codec)
+    windows = training._windows(small_data.part("train"), codec, work.base, QUICK.max_length)
+    assert len(windows) % QUICK.batch_size == 0
+    for _ in range(len(windows) // QUICK.batch_size):
+        work.step()
+    assert sorted(map(tuple, windows_read)) == sorted(map(tuple, windows))
+    other = training.Training(tiny_base(), small_data, replace(QUICK, seed=1), codec)
+    first, second = ([tuple(w.window(place)) for place in range(len(windows))] for w in (work, other))
+    assert first != second and sorted(first) == sorted(second)  # the seed orders them
+
+
+@pytest.mark.parametrize("precision", [1, 3])
+def test_a_run_is_trained_and_loaded_at_its_precision(tiny_base, small_data, tmp_path, windows_read, precision):
+    base = tiny_base()
+    train_lora(base, small_data, replace(QUICK, max_steps=1, precision=precision), tmp_path / "run", progress=False)
+    codec = Codec(fit_scale(small_data.part("train")), precision)
+    assert load_run(tmp_path / "run").codec == codec
+    texts = [codec.encode(values) for part in ("train", "validation") for values in small_data.part(part)]
+    assert all(any(base.tokenizer.decode(ids) in text for text in texts) for ids in windows_read)
+
+
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     settings = TrainSettings(max_steps=100, warmup_ratio=0.1, learning_rate=1e-3)
     rates = [settings.rate(step) for step in range(100)]
@@ -696,6 +749,18 @@ def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
     assert _same(_weights(result.model), _weights(run[1].model))
     assert any(p.abs().max() > 0 for name, p in _weights(result.model).items() if "lora_B" in name)
     assert result.history["flops"].iloc[-1] > 1.1 * run[1].history["flops"].iloc[-1]
+
+
+def test_the_numeric_head_scores_the_right_characters(tiny_base, small_data):
+    """Against the softmax over the numeric characters, written out."""
+    base = tiny_base()
+    work = training.Training(base, small_data, replace(QUICK, numeric_head=1), Codec(1.0))
+    ids = torch.from_numpy(work.window(0))
+    ours, _ = training._loss(base, [ids.numpy()], work.characters)
+    tokens = torch.from_numpy(numeric_tokens(work.codec, base.tokenizer))
+    log_p = base.model(ids[None]).logits[0, :-1, tokens].log_softmax(-1)  # (length - 1, 14)
+    expected = -log_p[ids[1:, None] == tokens].mean()
+    torch.testing.assert_close(ours, expected)
 
 
 def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_data):
