@@ -13,9 +13,10 @@ from typing import get_type_hints
 from safetensors import SafetensorError
 
 from . import commands
-from .data import DATA_FILE, SimulatorSettings
+from .data import DATA_FILE
 from .files import UserError
 from .settings import STAGES, PretrainSettings, TrainSettings
+from .simulator import SimulatorSettings
 from .tracking import TRACKERS
 
 

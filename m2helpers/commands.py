@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import SimulatorSettings, load_dataset, read_series, write_dataset
-from .data import simulate as simulate_systems
+from .data import load_dataset, read_series
 from .files import UserError, atomic_path, checkpoint_folder, write_json, write_text
+from .simulator import SimulatorSettings, write_dataset
+from .simulator import simulate as simulate_systems
 from .text import Codec, fit_scale
 
 

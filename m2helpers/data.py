@@ -1,4 +1,4 @@
-"""The predator-prey data: the simulator that made the shipped file, the strict loader, the split and its statistics."""
+"""The predator-prey data: the strict loader, the split and its statistics."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
-from scipy.integrate import solve_ivp
-from scipy.stats import norm
 from sklearn.model_selection import train_test_split
 
-from .files import UserError, atomic_path
-from .settings import check_least
+from .files import UserError
 
 DATA_FILE = Path(__file__).parent.parent / "data" / "lotka_volterra_data.h5"
 VARIABLES = ("prey", "predator")
-PARAMETERS = ("r", "K", "a", "h", "e", "d", "x0", "y0")
 SPLIT_SEED = 42
 STATISTICS = ("mean", "sd", "1 %", "25 %", "50 %", "75 %", "99 %", "max")
 COURSE_STATISTICS = pd.DataFrame(
@@ -33,108 +29,6 @@ COURSE_P997, COURSE_P997_TRAIN, COURSE_FADING = 7.93, 8.214, 0.02
 FADING_BELOW = 0.02  # a predator that ends below this is counted as dying out
 
 _MINIMUM_TRAJECTORIES = 10  # with fewer, an 80 / 10 / 10 split leaves a part empty
-_TOLERANCE = 1e-9  # of the integrator, relative and absolute, on the logarithms of the populations
-
-
-# ---------------------------------------------------------------- simulator
-
-
-@dataclass(frozen=True)
-class SimulatorSettings:
-    """Everything that decides a simulated dataset; the defaults are those of the shipped file.
-
-    Each pair is the range (low, high) of a uniform draw, one draw per system. The draws are independent
-    except for the three pairs at the end, which are tied by a Gaussian copula with the given correlation.
-    """
-
-    systems: int = 1000  # number of trajectories
-    steps: int = 100  # observations per trajectory, evenly spaced from 0 to t_max
-    t_max: float = 200.0  # time of the last observation
-    seed: int = 42  # of the parameter draw
-    classic: bool = False  # classic Lotka-Volterra: K -> infinity and h -> 0, so that orbits never damp
-    r: tuple[float, float] = (0.105, 0.295)  # growth rate of the prey, per unit of time
-    K: tuple[float, float] = (5.0, 16.0)  # carrying capacity of the prey
-    a: tuple[float, float] = (0.21, 0.49)  # attack rate of the predator
-    h: tuple[float, float] = (0.0, 0.18)  # saturation of the predator (Holling II: attack rate x handling time)
-    e: tuple[float, float] = (0.30, 0.70)  # predators gained per prey eaten
-    d: tuple[float, float] = (0.11, 0.31)  # death rate of the predator, per unit of time
-    x0: tuple[float, float] = (0.8, 1.2)  # prey at time 0
-    y0: tuple[float, float] = (0.8, 1.2)  # predators at time 0
-    correlation_r_a: float = -0.5  # fast breeders are attacked less
-    correlation_e_d: float = -0.5  # efficient predators live longer
-    correlation_a_h: float = -0.2  # eager attackers saturate less
-
-    def __post_init__(self) -> None:
-        check_least(self, dict(systems=1, steps=2, seed=0))
-        if not 0 < self.t_max < np.inf:
-            raise UserError(f"t_max {self.t_max}: must be positive and finite")
-
-
-def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
-    """Draw the parameters of every system, one row a system, columns `PARAMETERS`.
-
-    Correlated standard normals are turned into uniforms by the normal distribution function (a Gaussian copula)
-    and stretched to the ranges. The first rows do not depend on how many systems are asked for.
-    """
-    correlation = pd.DataFrame(np.eye(len(PARAMETERS)), index=PARAMETERS, columns=PARAMETERS)
-    for first, second in (("r", "a"), ("e", "d"), ("a", "h")):
-        value = getattr(settings, f"correlation_{first}_{second}")
-        correlation.loc[first, second] = correlation.loc[second, first] = value
-    normals = np.random.default_rng(settings.seed).standard_normal((settings.systems, len(PARAMETERS)))
-    uniforms = norm.cdf(normals @ np.linalg.cholesky(correlation.to_numpy()).T)
-    low, high = np.array([getattr(settings, name) for name in PARAMETERS]).T
-    parameters = pd.DataFrame(low + (high - low) * uniforms, columns=PARAMETERS)
-    if settings.classic:
-        parameters["K"], parameters["h"] = np.inf, 0.0
-    return parameters
-
-
-def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    """Simulate predator-prey systems: logistic prey, Holling II predator (Rosenzweig and MacArthur, 1963).
-
-    ``x' = r x (1 - x/K) - a x y / (1 + h x)``,  ``y' = e a x y / (1 + h x) - d y``
-
-    All systems are integrated together, as one stacked equation for the logarithms of the populations (so that
-    none can become negative), by the eighth-order Runge-Kutta method of Dormand and Prince. The classic system
-    (Lotka, 1925; Volterra, 1926) has 1/K = 0 and h = 0.
-
-    Returns
-    -------
-    time : float64 array (steps,)
-    trajectories : float32 array (systems, steps, 2)
-        Prey first, then predator.
-    parameters : DataFrame (systems, 8)
-        Columns `PARAMETERS`.
-    """
-    parameters = draw_parameters(settings)
-    r, K, a, h, e, d, x0, y0 = parameters.to_numpy().T
-
-    def growth_rates(_time: float, state: np.ndarray) -> np.ndarray:
-        prey, predator = np.exp(state.reshape(2, -1))
-        attack = a / (1 + h * prey)
-        return np.concatenate([r * (1 - prey / K) - attack * predator, e * attack * prey - d])
-
-    time = np.linspace(0.0, settings.t_max, settings.steps)
-    start = np.log(np.concatenate([x0, y0]))
-    solution = solve_ivp(growth_rates, (0.0, time[-1]), start, "DOP853", time, rtol=_TOLERANCE, atol=_TOLERANCE)
-    if not solution.success:
-        raise UserError(f"simulation failed ({solution.message}); use parameter ranges nearer to the defaults")
-    logarithms = solution.y.reshape(2, settings.systems, settings.steps)  # (variables, systems, steps)
-    return time, np.exp(logarithms).transpose(1, 2, 0).astype(np.float32), parameters
-
-
-def write_dataset(
-    path: str | os.PathLike, time: np.ndarray, trajectories: np.ndarray, settings: SimulatorSettings
-) -> None:
-    """Write `/time` and `/trajectories` as HDF5, all of it or nothing, with the settings as the file's attributes.
-
-    The same input gives the same bytes: no time of writing is stored.
-    """
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("trajectories", data=np.asarray(trajectories, np.float32), track_times=False)
-        file.create_dataset("time", data=np.asarray(time, np.float64), track_times=False)
-        for name, value in asdict(settings).items():
-            file.attrs[name] = value
 
 
 # ---------------------------------------------------------------- loading

@@ -11,8 +11,9 @@ import torch
 from hypothesis import settings
 from transformers import Qwen2ForCausalLM
 
-from m2helpers.data import SimulatorSettings, load_dataset, simulate, write_dataset
+from m2helpers.data import load_dataset
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
+from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)

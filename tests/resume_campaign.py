@@ -20,9 +20,10 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from m2helpers import lora, state
-from m2helpers.data import SimulatorSettings, load_dataset, simulate, write_dataset
+from m2helpers.data import load_dataset
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
 from m2helpers.settings import TrainSettings
+from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 from m2helpers.state import has_state
 from m2helpers.training import train_lora
 

@@ -6,9 +6,10 @@ import h5py
 import numpy as np
 import pytest
 
-from m2helpers import data
-from m2helpers.data import SimulatorSettings, load_dataset, read_series, simulate, split, summary, write_dataset
+from m2helpers import data, simulator
+from m2helpers.data import load_dataset, read_series, split, summary
 from m2helpers.files import UserError
+from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 
 # tolerances on the statistics, in the order of data.STATISTICS: mean, sd, 1 %, quartiles, 99 %, max
 TOLERANCES = np.array([0.10, 0.10, 0.25, 0.10, 0.10, 0.10, 0.25, 0.40])
@@ -79,8 +80,8 @@ def test_classic_system_conserves_its_quantity_and_the_other_does_not():
 
 def test_parameters_stay_in_their_ranges_and_are_correlated_as_stated():
     settings = SimulatorSettings(systems=5000)
-    parameters = data.draw_parameters(settings)
-    for name in data.PARAMETERS:
+    parameters = simulator.draw_parameters(settings)
+    for name in simulator.PARAMETERS:
         low, high = getattr(settings, name)
         assert low <= parameters[name].min() and parameters[name].max() <= high, name
         assert parameters[name].mean() == pytest.approx((low + high) / 2, rel=0.02), name
