@@ -119,7 +119,7 @@ def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: i
             f"protocol {protocol}: series of {trajectories.shape[1]} steps are too short for context {context}; "
             "use longer ones, or P5 with a shorter context"
         )
-    if not all(len(_numeric_context(codec, case, trajectories.shape[2])) for case in cases):
+    if any(case.context.count(codec.step_separator) <= min(case.start, 1) for case in cases):
         raise UserError(f"protocol {protocol}: a window of {context} tokens holds no whole step; use a longer context")
     return cases
 
@@ -325,6 +325,11 @@ def paired_change(result: Result, reference: Result) -> tuple[float, float, floa
         raise UserError(f"{result.model} and {reference.model}: no window where both gave a valid forecast to compare")
     ours, theirs, series = zip(*rows, strict=True)
     return tuple(100 * (ratio - 1) for ratio in (sum(ours) / sum(theirs), *bootstrap(ours, series, theirs)))
+
+
+def origins(rows: Sequence[dict]) -> set[tuple[str, str]]:
+    """The hashes of data and base that recorded rows were measured with."""
+    return {(row["data_sha256"], row["base_sha256"]) for row in rows}
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:

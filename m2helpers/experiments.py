@@ -12,7 +12,7 @@ import pandas as pd
 
 from .costs import Cost
 from .data import Dataset
-from .evaluation import P5_CONTEXTS, PROTOCOLS, evaluate, to_json
+from .evaluation import P5_CONTEXTS, PROTOCOLS, evaluate, origins, to_json
 from .files import UserError, read_json, write_json
 from .models import load_base
 from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEP_SERIES, SWEEPS, Plan, PlannedRun, run_cost
@@ -173,7 +173,7 @@ def _measure(
     """Write the measurements of a run, or of an untrained base, into its folder, as far as they are not there."""
     path = folder / METRICS_NAME
     rows = read_json(path) if path.is_file() else []
-    if {(row["data_sha256"], row["base_sha256"]) for row in rows} - {(dataset.sha256, base_sha256)}:
+    if origins(rows) - {(dataset.sha256, base_sha256)}:
         raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
     made = Counter(row["protocol"] for row in rows if row["split"] == split)
     protocols = [p for p in protocols if made[p] < (len(P5_CONTEXTS) if p == "P5" else 1)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .evaluation import P5_CONTEXTS, from_json
+from .evaluation import P5_CONTEXTS, from_json, origins
 from .experiments import sweep_table
 from .files import checkpoint_folder, read_json
 from .planning import ABLATION, AS_PUBLISHED, FINAL_STAGES, plan_of
@@ -20,19 +20,19 @@ def markdown_header(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
-def seed_records(folder: Path, stage: str) -> list[Path]:
+def seed_records(folder: Path, stage: str) -> list[list[dict]]:
     """The measurements of a stage in a base's folder: of its first seed, and of every other of the same base on the same data."""
     paths = [*folder.glob(f"{stage}/metrics.json"), *sorted(folder.glob(f"{stage}-seed*/metrics.json"))]
-    origins = [{(row["data_sha256"], row["base_sha256"]) for row in read_json(path)} for path in paths]
-    return [path for path, origin in zip(paths, origins, strict=True) if origin == origins[0]]
+    records = [read_json(path) for path in paths]
+    return [rows for rows in records if origins(rows) == origins(records[0])]
 
 
 def seeds_table(base: str = "embedded") -> str:
     """P5 errors of the long runs over their seeds in Markdown: the mean, and of several the smallest and the largest."""
     lines = markdown_header("run", "error", "seeds", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage in FINAL_STAGES:
-        paths = seed_records(checkpoint_folder(base), stage)
-        test = [[r for r in from_json(read_json(path)) if (r.protocol, r.split) == ("P5", "test")] for path in paths]
+        records = seed_records(checkpoint_folder(base), stage)
+        test = [[r for r in from_json(rows) if (r.protocol, r.split) == ("P5", "test")] for rows in records]
         runs = [{r.context: r for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
         for measure, shown in (("mae", ".4f"), ("mse", ".3g")) if runs else ():
             cells = []

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
+from .files import UserError
+
 CHUNK = 256  # positions whose logits exist at once: 256 × 151,936 in float32 are 156 MB
+
+
+def refuse_nan(losses: Iterable[float], step: int) -> None:
+    """Refuse to go on from losses that are no numbers any more (`UserError`)."""
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"step {step}: the loss is no longer a number; use a smaller learning_rate")
 
 
 def head_loss(

@@ -145,7 +145,7 @@ ABLATIONS = {
         "windows anywhere": dict(random_start=1),
         "no dropout": dict(lora_dropout=0.0),
         "averaged weights": dict(average=0.98),
-        "twice the learning rate": dict(learning_rate=5e-3),
+        "twice the learning rate": dict(learning_rate=2 * _BRIEF["learning_rate"]),
         "three decimals": dict(precision=3),
     }.items()
 }

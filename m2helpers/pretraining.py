@@ -7,7 +7,6 @@ MiniCPM, 2024).
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import signal
@@ -32,6 +31,7 @@ from .costs import forward_cost
 from .families import FAMILIES
 from .files import UserError, read_json, write_json, write_text
 from .flops import forward_account
+from .losses import refuse_nan
 from .models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
 from .muon import Muon
 from .settings import PretrainSettings
@@ -140,8 +140,7 @@ def pretrain(
             save = record["step"] % settings.save_steps == 0 or last or stop
             if log or save:
                 losses[:] = map(float, losses)  # not at every step: reading one waits until a GPU has come to it
-                if not all(map(math.isfinite, losses)):
-                    raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
+                refuse_nan(losses, step + 1)
             if log:
                 row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
                 row["learning_rate"] = settings.learning_rate * settings.schedule(step)

@@ -28,7 +28,7 @@ from .data import Dataset
 from .files import UserError, write_json
 from .ledger import Spender
 from .lora import apply_lora, trainable_parameters
-from .losses import head_loss
+from .losses import head_loss, refuse_nan
 from .models import Base, mixed_precision
 from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
@@ -199,8 +199,7 @@ class Training:
             with mixed_precision(self.base.model):
                 loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
             loss.backward()
-        if not math.isfinite(loss.item()):
-            raise UserError(f"step {step + 1}: the loss is no longer a number; use a smaller learning_rate")
+        refuse_nan([loss.item()], step + 1)
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
