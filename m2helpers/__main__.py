@@ -12,12 +12,12 @@ from typing import get_type_hints
 
 from safetensors import SafetensorError
 
-from . import commands
-from .data import DATA_FILE
+from .cli import commands
+from .engine.tracking import TRACKERS
 from .files import UserError
+from .paths import DATA_FILE
 from .settings import STAGES, PretrainSettings, TrainSettings
 from .simulator import SimulatorSettings
-from .tracking import TRACKERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from .files import UserError
+from .paths import DATA_FILE
 
-DATA_FILE = Path(__file__).parent.parent / "data" / "lotka_volterra_data.h5"
 VARIABLES = ("prey", "predator")
 SPLIT_SEED = 42
 STATISTICS = ("mean", "sd", "1 %", "25 %", "50 %", "75 %", "99 %", "max")
@@ -77,9 +77,9 @@ def load_dataset(path: str | os.PathLike = DATA_FILE) -> Dataset:
         a value that is NaN, infinite or negative, or an uneven time axis.
     """
     path = Path(path)
-    with _open_hdf5(path) as file:
-        trajectories = _read(file, path, "trajectories", rank=3, layout="(systems, steps, 2)")
-        time = _read(file, path, "time", rank=1, layout="(steps,)")
+    with open_hdf5(path) as file:
+        trajectories = read_array(file, path, "trajectories", rank=3, layout="(systems, steps, 2)")
+        time = read_array(file, path, "time", rank=1, layout="(steps,)")
     if trajectories.shape[2] != len(VARIABLES):
         raise UserError(f"{path}: last axis of /trajectories is {trajectories.shape[2]}; it must be 2: prey, predator")
     if len(trajectories) < _MINIMUM_TRAJECTORIES:
@@ -87,72 +87,17 @@ def load_dataset(path: str | os.PathLike = DATA_FILE) -> Dataset:
     steps = trajectories.shape[1]
     if steps != len(time) or steps < 2:
         raise UserError(f"{path}: /trajectories has {steps} steps, /time {len(time)}; they must agree and be 2 or more")
-    _refuse_uneven_time(path, time)
+    refuse_uneven_time(path, time)
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite and is refused next
         trajectories = np.ascontiguousarray(trajectories, np.float32)
-    _refuse_first(path, trajectories, ~np.isfinite(trajectories), "populations must be finite, mend or drop it")
-    _refuse_first(path, trajectories, trajectories < 0, "populations cannot be negative, mend or drop it")
+    refuse_first(path, trajectories, ~np.isfinite(trajectories), "populations must be finite, mend or drop it")
+    refuse_first(path, trajectories, trajectories < 0, "populations cannot be negative, mend or drop it")
     time = np.ascontiguousarray(time, np.float64)
     return Dataset(path, time, trajectories, _content_hash(time, trajectories))
 
 
-def read_series(path: str | os.PathLike) -> np.ndarray:
-    """Read the user's own series, of any number of variables, for forecasting.
-
-    Parameters
-    ----------
-    path : path-like
-        CSV: one row a step, one column a variable, header optional; a first column headed `time`, `t` or nothing
-        (a saved row index) is dropped. HDF5: `/trajectories` (series, steps, variables).
-
-    Returns
-    -------
-    float64 array (series, steps, variables)
-        A CSV file holds one series. Negative values are allowed.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, holds no number, a cell that is not a finite number, or an uneven time.
-    """
-    path = Path(path)
-    if path.suffix.lower() in (".h5", ".hdf5") or (path.is_file() and h5py.is_hdf5(path)):
-        with _open_hdf5(path) as file:
-            series = _read(file, path, "trajectories", rank=3, layout="(series, steps, variables)")
-            if "time" in file:
-                _refuse_uneven_time(path, _read(file, path, "time", rank=1, layout="(steps,)"))
-        series = series.astype(np.float64)
-    else:
-        series = _read_csv(path)[np.newaxis]  # (1, steps, variables)
-    if 0 in series.shape:
-        raise UserError(f"{path}: no value in it (series, steps, variables = {series.shape}); give at least one step")
-    _refuse_first(path, series, ~np.isfinite(series), "every value must be a finite number, fill or drop it")
-    return series
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    try:
-        how = dict(header=None, skipinitialspace=True, skip_blank_lines=False, encoding="utf-8-sig")
-        cells = pd.read_csv(path, dtype=str, **how)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as CSV ({reason}); give comma-separated text or HDF5") from None
-    cells = cells.iloc[: np.flatnonzero(cells.notna().any(axis=1)).max(initial=0) + 1]  # blank lines at the end
-    numbers = cells.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    text = numbers.iloc[0].isna().all() and cells.iloc[0].notna().any()
-    counted = pd.isna(cells.iloc[0, 0]) and cells.iloc[0, 1:].tolist() == [str(i) for i in range(cells.shape[1] - 1)]
-    if text or counted:  # a header: text and no number, or the one pandas writes for columns without names
-        first_name = str(cells.iloc[0].fillna("")[0]).strip().lower()
-        numbers = numbers.iloc[1:]
-        if first_name in ("time", "t", ""):
-            if numbers[0].notna().all():  # dates are taken on trust
-                _refuse_uneven_time(path, numbers[0].to_numpy())
-            numbers = numbers.iloc[:, 1:]
-    return numbers.to_numpy()  # (steps, variables)
-
-
 @contextmanager
-def _open_hdf5(path: Path) -> Iterator[h5py.File]:
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the name, or make one: python -m m2helpers simulate --out {path}")
     try:
@@ -163,7 +108,7 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
         raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or give another") from None
 
 
-def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
+def read_array(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: has no dataset /{name}, only {sorted(file, key=str)}; add it as {layout}")
@@ -174,7 +119,7 @@ def _read(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.
     return dataset[()]
 
 
-def _refuse_uneven_time(path: Path, time: np.ndarray) -> None:
+def refuse_uneven_time(path: Path, time: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
         gaps = np.diff(time.astype(np.float64))
     usual = float(np.median(gaps[np.isfinite(gaps)])) if np.isfinite(gaps).any() else 0.0
@@ -187,7 +132,7 @@ def _refuse_uneven_time(path: Path, time: np.ndarray) -> None:
         )
 
 
-def _refuse_first(path: Path, values: np.ndarray, bad: np.ndarray, remedy: str) -> None:
+def refuse_first(path: Path, values: np.ndarray, bad: np.ndarray, remedy: str) -> None:
     if bad.any():
         where = tuple(int(index) for index in np.argwhere(bad)[0])
         raise UserError(

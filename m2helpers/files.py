@@ -12,8 +12,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoint"
-
 
 class UserError(ValueError):
     """A mistake the user can mend: its message is one line that names the file, the value and the remedy."""
@@ -77,13 +75,6 @@ def read_json(path: str | os.PathLike) -> object:
         raise UserError(
             f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again"
         ) from None
-
-
-def checkpoint_folder(name: str) -> Path:
-    """Where the runs and the ledger of a base are kept: ``checkpoint/<base>/``, for ``checkpoint/<base>/base`` too."""
-    path = Path(name).resolve()
-    inside = path.name == "base" and path.parent.parent == CHECKPOINTS
-    return path.parent if inside else CHECKPOINTS / Path(os.path.abspath(name)).name
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
 
-from .attention import attend_lean
-from .costs import generation_cost
+from .engine.attention import attend_lean
+from .engine.kvcache import joined, make_cache, rows_at_once
 from .files import UserError
-from .grammar import Grammar
-from .kvcache import joined, make_cache, rows_at_once
+from .flops.costs import generation_cost
+from .ledger import Ledger, default_ledger, spender_of
 from .models import Base
 from .settings import LoraSettings
-from .text import Codec, left_pad, numeric_tokens, tokenise
+from .text import Codec, Grammar, left_pad, numeric_tokens, tokenise
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def generate(
     seed: int = 0,
     lora: LoraSettings | None = None,
     constrained: bool = False,
+    ledger: Ledger | None = None,
 ) -> list[Generated]:
     """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once, and charge it.
 
@@ -79,6 +80,8 @@ def generate(
     constrained : bool
         Score only the characters of numeric text and choose only among those that the grammar allows, so that every
         continuation parses. Without it, how often a model keeps to the grammar is part of what is measured.
+    ledger : Ledger, optional
+        Where it is charged; by default the base's own (`default_ledger`).
 
     Returns
     -------
@@ -104,7 +107,7 @@ def generate(
     adapted["vocabulary"] = len(grammar.alphabet) if grammar else None
     rules, states = (_Rules(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
     draws = torch.Generator(base.model.device).manual_seed(seed)
-    ledger, results = base.ledger, [None] * len(ids)
+    ledger, spender, results = ledger or default_ledger(base), spender_of(base), [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
@@ -112,7 +115,7 @@ def generate(
         most = min(n_steps * longest_step, window - prompt + 1)
         # With rules a pass reads one token of a row, or two where the second is forced in some row.
         at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), **adapted)
-        with ledger.reserve(base.spender, generate=at_most) as bill:
+        with ledger.reserve(spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
             try:
                 with attend_lean(base.model):

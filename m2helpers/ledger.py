@@ -15,12 +15,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
-from .costs import Cost
-from .files import UserError, checkpoint_folder
-from .flops import CAP
+from .files import UserError
+from .flops.account import CAP
+from .flops.costs import Cost
+from .paths import checkpoint_folder
 
 APPLICATION_ID = 0x4D32464C  # in the file's header: a database that is not a ledger is told from one that is
 COLUMNS = ("id", "time", "run", "stage", "kind", "settings_sha256", "tokens", "flops", "flops_course", "state")
@@ -57,6 +59,35 @@ class Spender:
     """`untrained`, `initial`, `final`, or any other part of the plan."""
     settings_sha256: str = ""
     """Hash of the run's settings; empty for a base."""
+
+
+class Payer(Protocol):
+    """What the ledger has to know of a base (`models.Base`), or of a run loaded into one."""
+
+    @property
+    def name(self) -> str:
+        """What the user called the base."""
+
+    @property
+    def short_name(self) -> str:
+        """The last part of that."""
+
+    @property
+    def run(self) -> str | None:
+        """Name of the run whose updates it carries; None for the base alone."""
+
+    @property
+    def stage(self) -> str:
+        """Part of the plan that the run belongs to."""
+
+    @property
+    def settings_sha256(self) -> str:
+        """Of that run."""
+
+
+def spender_of(base: Payer) -> Spender:
+    """Who spends when something is done with a base, or with a run loaded into it."""
+    return Spender(base.run or base.short_name, base.stage, base.settings_sha256)
 
 
 class Bill:
@@ -207,9 +238,11 @@ class Ledger:
                 database.execute("UPDATE entries SET state = 'lost' WHERE id = ?", (row,))
 
 
-def default_ledger(base: str) -> Ledger:
+def default_ledger(base: Payer | str) -> Ledger:
     """The ledger of a base: ``checkpoint/<base>/ledger.sqlite``, or the file that the variable ``M2_LEDGER`` names."""
-    return Ledger(os.environ.get("M2_LEDGER") or checkpoint_folder(base) / "ledger.sqlite")
+    return Ledger(
+        os.environ.get("M2_LEDGER") or checkpoint_folder(base if isinstance(base, str) else base.name) / "ledger.sqlite"
+    )
 
 
 def _total(database: sqlite3.Connection) -> int:

@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .files import UserError, checkpoint_folder, sha256_file
-from .ledger import Ledger, Spender, default_ledger
+from .files import UserError, sha256_file
+from .paths import checkpoint_folder
+from .settings import EMBEDDED, default_model
 
-EMBEDDED = "embedded"
 LARGE = 2**28  # bytes of weights; from there on, precision is a matter of time and memory
 transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -60,24 +60,9 @@ class Base:
         return Path(self.name).name
 
     @property
-    def ledger(self) -> Ledger:
-        """Where whatever is done with it is charged."""
-        return default_ledger(self.name)
-
-    @property
-    def spender(self) -> Spender:
-        """What its entries in the ledger name."""
-        return Spender(self.run or self.short_name, self.stage, self.settings_sha256)
-
-    @property
     def pad_id(self) -> int:
         """The token that fills the left of a batch; its value does not matter, because it is masked."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-
-
-def default_model() -> str:
-    """The base that notebooks and commands use: the environment variable ``M2_MODEL``, or ``embedded``."""
-    return os.environ.get("M2_MODEL") or EMBEDDED
 
 
 def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | None = None) -> Base:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, fields
 
 from .files import UserError
+from .flops.costs import Adaptation
+from .text import Codec
+
+EMBEDDED = "embedded"
+"""Name of the base that this project ships."""
+
+
+def default_model() -> str:
+    """The base that notebooks and commands use: the environment variable ``M2_MODEL``, or ``embedded``."""
+    return os.environ.get("M2_MODEL") or EMBEDDED
 
 
 def check_least(settings: object, least: dict[str, int]) -> None:
@@ -142,6 +153,12 @@ class TrainSettings(LoraSettings):
         _check_max_grad_norm(self)
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """What the account has to know of the run."""
+        vocabulary = len(Codec(1.0).alphabet) if self.numeric_head else None
+        return Adaptation(self.lora_r, self.target_modules, vocabulary, bool(self.gradient_checkpointing))
 
     def validates(self, step: int) -> bool:
         """Whether the validation loss is measured after so many steps."""

@@ -21,21 +21,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .activations import lean_activations
-from .attention import attend_lean
-from .costs import BatchCost, Cost, batch_costs
 from .data import Dataset
+from .engine.activations import lean_activations
+from .engine.attention import attend_lean
+from .engine.loop import Stopped, stop_on_signal
+from .engine.losses import head_loss, refuse_nan
+from .engine.resume import load_state, save_state
+from .engine.tracking import tracked
 from .files import UserError, write_json
-from .ledger import Spender
+from .flops.costs import BatchCost, Cost, batch_costs
+from .ledger import Ledger, Spender, default_ledger, spender_of
 from .lora import apply_lora, trainable_parameters
-from .losses import head_loss, refuse_nan
 from .models import Base, mixed_precision
 from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
-from .signals import Stopped, stop_on_signal
-from .state import load_state, save_state
 from .text import Codec, fit_scale, numeric_tokens, right_pad, tokenise, windows
-from .tracking import tracked
 
 
 class TrainResult(NamedTuple):
@@ -57,6 +57,7 @@ def train_lora(
     resume: bool = False,
     progress: bool = True,
     track: str | None = None,
+    ledger: Ledger | None = None,
 ) -> TrainResult:
     """Fine-tune a base on the training split of a dataset, and charge it to the base's ledger.
 
@@ -76,6 +77,8 @@ def train_lora(
         Show a bar with loss, tokens/s, FLOPs and the time left.
     track : str, optional
         Log losses to this tracker (`tracking.TRACKERS`) as well; needs `output_dir`.
+    ledger : Ledger, optional
+        Where it is charged; by default the base's own (`default_ledger`).
 
     Returns
     -------
@@ -103,7 +106,8 @@ def train_lora(
     elif folder:
         write_json(folder / "config.json", config)
 
-    record, ledger, spender = work.record, base.ledger, Spender(name, stage, config["settings_sha256"])
+    record, spender = work.record, Spender(name, stage, config["settings_sha256"])
+    ledger = ledger or default_ledger(base)
     started, tokens = time.monotonic(), 0
     shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
     with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
@@ -170,7 +174,7 @@ class Training:
             if settings.numeric_head
             else None
         )
-        self.step_cost, self.cost = batch_costs(base.model.config, settings)
+        self.step_cost, self.cost = batch_costs(base.model.config, settings.adaptation)
         if settings.gradient_checkpointing:
             # The re-entrant kind would want embeddings that learn.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -262,11 +266,14 @@ class Training:
                 p.data = own[name]
 
 
-def series_loss(base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512) -> float:
+def series_loss(
+    base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512, ledger: Ledger | None = None
+) -> float:
     """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
     settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
-    _, cost = batch_costs(base.model.config, settings)
-    with base.ledger.reserve(base.spender, validate=_validation_at_most(parts, settings, cost)) as bill:
+    _, cost = batch_costs(base.model.config, settings.adaptation)
+    ledger = ledger or default_ledger(base)
+    with ledger.reserve(spender_of(base), validate=_validation_at_most(parts, settings, cost)) as bill:
         loss, spent = _validate(base, settings, parts, cost)
         bill.add("validate", spent)
     return loss

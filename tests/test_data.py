@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from m2helpers import data, simulator
-from m2helpers.data import load_dataset, read_series, split, summary
+from m2helpers.data import load_dataset, split, summary
 from m2helpers.files import UserError
+from m2helpers.series import read_series
 from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 
 # tolerances on the statistics, in the order of data.STATISTICS: mean, sd, 1 %, quartiles, 99 %, max

@@ -5,16 +5,8 @@ import hashlib
 import pytest
 from safetensors import SafetensorError
 
-from m2helpers.files import (
-    UserError,
-    atomic_path,
-    checkpoint_folder,
-    read_json,
-    sha256_file,
-    sha256_json,
-    write_json,
-    write_text,
-)
+from m2helpers.files import UserError, atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
+from m2helpers.paths import checkpoint_folder
 
 
 def test_atomic_path_makes_parents_and_leaves_only_the_file(tmp_path):

@@ -8,15 +8,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from m2helpers import forecasting
-from m2helpers.costs import Cost
 from m2helpers.files import UserError
-from m2helpers.flops import generation_flops
+from m2helpers.flops.account import generation_flops
+from m2helpers.flops.costs import Cost
 from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
-from m2helpers.grammar import Grammar
+from m2helpers.ledger import default_ledger
 from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
 from m2helpers.settings import LoraSettings
-from m2helpers.text import Codec
+from m2helpers.text import Codec, Grammar
 
 CODEC = Codec(1.0)
 CONTEXTS = ["1.16,1.27;0.90,0.95;0.83,0.69;", "2", "0.05,11.20;3.", "7.77,0.12;6.40,0.33;", "-0.50,1.00;", "9.99,9.98;"]
@@ -199,12 +199,12 @@ def test_decoding_that_is_stopped_is_billed_in_full(base, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    before = base.ledger.spent()
+    before = default_ledger(base).spent()
     monkeypatch.setattr(forecasting, "_continue", stopped)
     with pytest.raises(KeyboardInterrupt):
         generate(base, CODEC, CONTEXTS[:1], 2, 2)
-    (entry,) = base.ledger.entries()[-1:]
-    assert entry["kind"] == "generate" and base.ledger.spent() - before == entry["flops"] > 0
+    (entry,) = default_ledger(base).entries()[-1:]
+    assert entry["kind"] == "generate" and default_ledger(base).spent() - before == entry["flops"] > 0
 
 
 def test_a_longer_context_costs_more(base, monkeypatch):

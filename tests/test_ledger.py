@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from ledger_campaign import campaign
 
-from m2helpers.costs import Cost
 from m2helpers.files import UserError
-from m2helpers.flops import CAP
+from m2helpers.flops.account import CAP
+from m2helpers.flops.costs import Cost
 from m2helpers.ledger import COLUMNS, CapReached, Ledger, Spender, default_ledger
+from tests.campaigns.ledger import campaign
 
 WHO = Spender("some-run", "initial", "abc")
 
@@ -79,7 +79,7 @@ def test_more_than_was_reserved_is_a_mistake_in_the_program(ledger):
 def test_what_a_dead_process_had_reserved_counts_in_full(ledger):
     program = f"""
 import os
-from m2helpers.costs import Cost
+from m2helpers.flops.costs import Cost
 from m2helpers.ledger import Ledger, Spender
 with Ledger({str(ledger.path)!r}, 1000).reserve(Spender("dead", "trial"), train=Cost(1, 300, 300)) as bill:
     bill.add("train", Cost(1, 5, 5))
@@ -155,7 +155,7 @@ def test_the_file_is_the_one_the_variable_names(tmp_path, monkeypatch):
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "deep" / "here.sqlite"))
     assert default_ledger("embedded").path == tmp_path / "deep" / "here.sqlite"
     monkeypatch.delenv("M2_LEDGER")
-    monkeypatch.setattr("m2helpers.files.CHECKPOINTS", tmp_path)
+    monkeypatch.setattr("m2helpers.paths.CHECKPOINTS", tmp_path)
     assert default_ledger("Qwen/Qwen2.5-0.5B").path == tmp_path / "Qwen2.5-0.5B" / "ledger.sqlite"
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["here.sqlite"]  # nothing half made beside it
 

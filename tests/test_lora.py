@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from m2helpers.architecture import QWEN_05B
 from m2helpers.files import UserError
+from m2helpers.flops.architecture import QWEN_05B
 from m2helpers.lora import (
     CheapDropout,
-    LoraSettings,
     apply_lora,
     load_adapter,
     lora_layers,
@@ -25,6 +24,7 @@ from m2helpers.lora import (
     unmerge,
 )
 from m2helpers.models import add_head_bias
+from m2helpers.settings import LoraSettings
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = LoraSettings(lora_r=3, lora_alpha=6.0, lora_dropout=0.1)

@@ -10,9 +10,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from m2helpers import files, models
-from m2helpers.architecture import QWEN_05B
+from m2helpers import models, paths
 from m2helpers.files import UserError, sha256_file
+from m2helpers.flops.architecture import QWEN_05B
 from m2helpers.models import add_head_bias, embedded_config, embedded_tokenizer, load_base, load_config
 
 TEXT = "1.16,-1.27;0.90,0.95;"
@@ -191,10 +191,10 @@ def test_the_environment_names_the_default(tiny_folder, monkeypatch):
 
 
 def test_embedded_is_the_shipped_folder(tiny_folder, tmp_path, monkeypatch):
-    assert files.checkpoint_folder("embedded") == files.CHECKPOINTS / "embedded"
-    assert files.checkpoint_folder(str(files.CHECKPOINTS / "embedded" / "base")) == files.CHECKPOINTS / "embedded"
-    assert files.checkpoint_folder("Qwen/Qwen2.5-0.5B-Instruct").name == "Qwen2.5-0.5B-Instruct"
-    monkeypatch.setattr(files, "CHECKPOINTS", tmp_path)
+    assert paths.checkpoint_folder("embedded") == paths.CHECKPOINTS / "embedded"
+    assert paths.checkpoint_folder(str(paths.CHECKPOINTS / "embedded" / "base")) == paths.CHECKPOINTS / "embedded"
+    assert paths.checkpoint_folder("Qwen/Qwen2.5-0.5B-Instruct").name == "Qwen2.5-0.5B-Instruct"
+    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
     (tmp_path / "embedded").mkdir()
     (tmp_path / "embedded" / "base").symlink_to(tiny_folder)
     assert load_base("embedded").short_name == "embedded"

@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2ForCausalLM, Qwen3Config
 
 from m2helpers import training
-from m2helpers.costs import Cost
+from m2helpers.engine.loop import Stopped
+from m2helpers.engine.losses import CHUNK
 from m2helpers.files import UserError, read_json
-from m2helpers.flops import CAP, forward_account
+from m2helpers.flops.account import CAP, forward_account
+from m2helpers.flops.costs import Cost
 from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
-from m2helpers.losses import CHUNK
 from m2helpers.models import Base, add_head_bias, embedded_config, embedded_tokenizer, load_base
 from m2helpers.runs import load_run
 from m2helpers.settings import STAGES, TrainSettings
-from m2helpers.signals import Stopped
 from m2helpers.text import Codec, fit_scale, numeric_tokens
 from m2helpers.training import train_lora
 
@@ -335,7 +335,8 @@ def ledger(tmp_path, monkeypatch):
 
     def use(cap=CAP):
         opened = Ledger(tmp_path / "ledger.sqlite", cap)
-        monkeypatch.setattr("m2helpers.models.default_ledger", lambda base: opened)
+        for module in ("training", "forecasting"):
+            monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: opened)
         return opened
 
     use()

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from m2helpers import losses
-from m2helpers.bench import random_qwen
+from m2helpers.engine import losses
+from m2helpers.experiments.bench import random_qwen
 from m2helpers.forecasting import forecast
 from m2helpers.lora import parameter_report
 from m2helpers.models import embedded_tokenizer, load_base

@@ -1,0 +1,31 @@
+from .data import load_dataset as load_dataset
+from .evaluation import evaluate as evaluate
+from .files import UserError as UserError
+from .flops import forward_account as forward_account
+from .flops import generation_flops as generation_flops
+from .flops import training_flops as training_flops
+from .forecasting import forecast as forecast
+from .forecasting import sample_forecasts as sample_forecasts
+from .ledger import Ledger as Ledger
+from .ledger import default_ledger as default_ledger
+from .lora import apply_lora as apply_lora
+from .lora import load_adapter as load_adapter
+from .lora import merge as merge
+from .lora import parameter_report as parameter_report
+from .lora import save_adapter as save_adapter
+from .lora import unmerge as unmerge
+from .models import Base as Base
+from .models import add_head_bias as add_head_bias
+from .models import load_base as load_base
+from .runs import Run as Run
+from .runs import load_run as load_run
+from .series import read_series as read_series
+from .settings import STAGES as STAGES
+from .settings import LoraSettings as LoraSettings
+from .settings import TrainSettings as TrainSettings
+from .settings import default_model as default_model
+from .text import Codec as Codec
+from .text import fit_scale as fit_scale
+from .training import train_lora as train_lora
+
+__version__: str

@@ -1,0 +1,73 @@
+"""Cross-entropy of a linear head, without a tensor of every position times the whole vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from ..files import UserError
+
+CHUNK = 256  # positions whose logits exist at once: 256 × 151,936 in float32 are 156 MB
+
+
+def refuse_nan(losses: Iterable[float], step: int) -> None:
+    """Refuse to go on from losses that are no numbers any more (`UserError`)."""
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"step {step}: the loss is no longer a number; use a smaller learning_rate")
+
+
+def head_loss(
+    states: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, characters: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of the next token, in nats.
+
+    Parameters
+    ----------
+    states : (n, hidden)
+        What the last layer gives at the scored positions.
+    head : nn.Linear
+        The LM head: frozen weight (vocab, hidden), trainable bias (vocab,).
+    labels : int64 (n,)
+        The tokens that follow.
+    characters : int64 (k,), rising, optional
+        Score only these tokens, as if no other existed: the softmax over the whole vocabulary, renormalised over them.
+
+    Returns
+    -------
+    scalar tensor
+    """
+    weight, bias = head.weight.detach(), head.bias
+    if characters is not None:
+        weight, bias, labels = weight[characters], bias[characters], torch.searchsorted(characters, labels)
+    return _LinearCrossEntropy.apply(states, weight, bias, labels, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are computed with the loss, chunk by chunk, so that no chunk's logits are kept or computed twice.
+
+    Source of the idea: Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM Training*, 2024.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, labels, learn: bool):
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        grad_states, grad_bias = torch.empty_like(states), torch.zeros_like(bias, dtype=torch.float32)
+        for first in range(0, len(labels), CHUNK):
+            rows = slice(first, first + CHUNK)
+            logits = F.linear(states[rows], weight).float() + bias  # (chunk, vocab)
+            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            if learn:
+                slope = logits.softmax(-1)  # of the sum of losses, by each logit
+                slope[torch.arange(len(slope)), labels[rows]] -= 1
+                grad_bias += slope.sum(0)
+                grad_states[rows] = (slope.to(weight.dtype) @ weight).to(states.dtype)
+        ctx.save_for_backward(grad_states / len(labels), (grad_bias / len(labels)).to(bias.dtype))
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx, slope):
+        grad_states, grad_bias = ctx.saved_tensors
+        return slope * grad_states, None, slope * grad_bias, None, None

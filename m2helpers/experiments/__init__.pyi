@@ -1,0 +1,9 @@
+from .planning import PLANS as PLANS
+from .planning import Plan as Plan
+from .planning import PlannedRun as PlannedRun
+from .planning import find_plan as find_plan
+from .planning import plan_of as plan_of
+from .runner import METRICS_NAME as METRICS_NAME
+from .runner import best_of_grid as best_of_grid
+from .runner import run_plan as run_plan
+from .runner import sweep_table as sweep_table

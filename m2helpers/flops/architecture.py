@@ -1,0 +1,137 @@
+"""The sizes of a Qwen2 model read from its config: matrices, LoRA targets, parameters. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from ..files import UserError
+
+QWEN_05B = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+QWEN_05B_DTYPE = "bfloat16"  # of its published weights; not a size, so a model built from QWEN_05B is float32
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a Qwen2 config that decide its cost."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int
+    """key-value heads"""
+    head_dim: int
+    vocab: int
+    tied: bool
+    """whether the LM head is the embedding matrix"""
+
+    @classmethod
+    def of(cls, config: object) -> Size:
+        """Read a transformers `Qwen2Config`, or a mapping of its fields such as `QWEN_05B`.
+
+        Raises
+        ------
+        UserError
+            If the activation is not SiLU.
+        """
+        config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
+        if (activation := getattr(config, "hidden_act", "silu")) != "silu":
+            raise UserError(
+                f"hidden_act {activation!r}: the account is derived for 'silu', which every Qwen2 model uses"
+            )
+        heads = config.num_attention_heads
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            groups=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab=config.vocab_size,
+            tied=config.tie_word_embeddings,
+        )
+
+
+def is_qwen2(config: object) -> bool:
+    """Whether the config is Qwen2's; a mapping of fields is taken for one."""
+    return isinstance(config, Mapping) or getattr(config, "model_type", "qwen2") == "qwen2"
+
+
+def layer_matrices(size: Size, groups: int) -> dict[str, tuple[str, int, int]]:
+    """Matrices of one decoder layer with `groups` key-value heads: name → (path in the layer, inputs, outputs)."""
+    queries, keys = size.heads * size.head_dim, groups * size.head_dim
+    return {
+        "q_proj": ("self_attn.q_proj", size.hidden, queries),
+        "k_proj": ("self_attn.k_proj", size.hidden, keys),
+        "v_proj": ("self_attn.v_proj", size.hidden, keys),
+        "o_proj": ("self_attn.o_proj", queries, size.hidden),
+        "gate_proj": ("mlp.gate_proj", size.hidden, size.intermediate),
+        "up_proj": ("mlp.up_proj", size.hidden, size.intermediate),
+        "down_proj": ("mlp.down_proj", size.intermediate, size.hidden),
+    }
+
+
+def lora_targets(matrices: Mapping[str, object], lora_r: int, target_modules: Sequence[str]) -> list[str]:
+    """Names of the matrices with a LoRA branch, each once and in the layer's order; none at rank 0.
+
+    Raises
+    ------
+    UserError
+        If a target is not a matrix of the layer.
+    """
+    for name in target_modules:
+        if name not in matrices:
+            raise UserError(f"target module {name!r}: not in a Qwen2 layer; choose from {', '.join(matrices)}")
+    return [name for name in matrices if lora_r and name in target_modules]
+
+
+def count_qwen2_parameters(config: object, lora_r: int, target_modules: Sequence[str]) -> tuple[int, int]:
+    """Parameters of the base model, a tied matrix once, and of its LoRA branches: r·(i + o) for a matrix i→o."""
+    size = Size.of(config)
+    matrices = layer_matrices(size, size.groups)
+    layer = sum(i * o for _, i, o in matrices.values()) + 2 * size.hidden  # and two norms
+    layer += sum(matrices[name][2] for name in ("q_proj", "k_proj", "v_proj"))  # biases
+    base = size.layers * layer + size.hidden + (1 if size.tied else 2) * size.vocab * size.hidden
+    adapted = sum(sum(matrices[name][1:]) for name in lora_targets(matrices, lora_r, target_modules))
+    return base, size.layers * lora_r * adapted
+
+
+def check_sizes(batch_size: int, length: int, lora_r: int, past: int = 0) -> None:
+    """Refuse a size that no pass can have.
+
+    Raises
+    ------
+    UserError
+        If a batch size or a length is below 1, or a rank or a cached length below 0.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("length", length, 1),
+        ("lora_r", lora_r, 0),
+        ("past", past, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value}: must be at least {least}")
+
+
+def within(name: str, value: int | None, most: int) -> int:
+    """`value`, or `most` where there is none; a value outside 1…`most` is a `UserError`."""
+    if value is None:
+        return most
+    if not 1 <= value <= most:
+        raise UserError(f"{name} {value}: must be between 1 and {most}")
+    return value

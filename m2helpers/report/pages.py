@@ -1,0 +1,131 @@
+"""The pages' marked blocks: every figure that a run could produce is read from its record and filled in here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from ..data import load_dataset, statistics_table
+from ..files import UserError, read_json, write_text
+from ..flops.account import CAP
+from ..paths import BENCHMARKS, ROOT, checkpoint_folder
+from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .tables import headline_table
+
+
+def pretraining_summary(base: str = "embedded") -> str:
+    """Where a base comes from in one sentence: tokens, time by machine, FLOPs; from the record beside its weights."""
+    path = checkpoint_folder(base) / "base" / "pretraining.json"
+    if not path.is_file():
+        return "No pre-training has been recorded for this base."
+    record = read_json(path)
+    sittings = pd.DataFrame([*record["before"], record])[["machine", "tokens", "seconds"]]
+    where = [
+        f"{row['tokens'] / 1e6:,.0f} million in {row['seconds'] / 60:,.0f} minutes on {machine}"
+        for machine, row in sittings.groupby("machine", sort=False).sum().iterrows()
+    ]
+    return (
+        f"Pre-training took {record['total']['tokens'] / 1e6:,.0f} million tokens in {len(sittings)} sittings ({'; '.join(where)}) "
+        f"and {record['total']['flops']:.2g} FLOPs, which are not charged to the {CAP:.0e}."
+    )
+
+
+def spending_table(base: str = "embedded") -> str:
+    """What the committed ledger of a base holds in Markdown, by stage and kind."""
+    path = checkpoint_folder(base) / "ledger.csv"
+    if not path.is_file():
+        return "No ledger has been recorded for this base."
+    spent = pd.read_csv(path).pivot_table("flops", "stage", "kind", "sum", fill_value=0, sort=False)
+    kinds = list(spent)
+    lines = markdown_header("stage", *kinds, "together", f"share of {CAP:.0e}")
+    for stage, row in [*spent.iterrows(), ("**all**", spent.sum())]:
+        cells = [f"{value:.3g}" for value in [*row, row.sum()]]
+        lines.append(f"| {stage} | {' | '.join(cells)} | {row.sum() / CAP:.4%} |")
+    return "\n".join(lines)
+
+
+def costs_table() -> str:
+    """Time and memory of each notebook in Markdown, from the record that refreshing them writes."""
+    path = ROOT / "docs" / "notebook_costs.json"
+    rows = read_json(path)["notebooks"] if path.is_file() else []
+    lines = markdown_header("notebook", "time (s)", "peak memory (MB)")
+    lines += [f"| {row['notebook']} | {row['seconds']:.0f} | {row['peak_memory_mb']:.0f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def benchmarks_table() -> str:
+    """Every recorded benchmark in Markdown: what was compared, where and when, and a table of its sides."""
+    names = {
+        "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
+        "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
+        "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's",
+        "mae": "P5 error", "mae_change": "change (%)",
+    }  # fmt: skip
+    parts = []
+    for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:
+        shown = [key for key in names if key in entry["rows"][0]]
+        lines = markdown_header(*(names[key] for key in shown))
+        for row in entry["rows"]:
+            cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
+            lines.append(f"| {' | '.join(cells)} |")
+        for side, shares in entry.get("profile", {}).items():
+            where = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+            lines += ["", f"Where the time of *{side}* goes: {where}."]
+        parts.append("\n".join([f"**{entry['about']}** {entry['machine']}; {entry['date']}.", "", *lines]))
+    return "\n\n".join(parts) or "No benchmark has been recorded."
+
+
+def blocks() -> dict[str, str]:
+    """Every marked block by name."""
+    return {
+        "results": headline_table(),
+        "pretraining": pretraining_summary(),
+        "seeds": seeds_table(),
+        "sweeps": sweeps_table(),
+        "ablations": ablations_table(),
+        "advice": advice(),
+        "spending": spending_table(),
+        "costs": costs_table(),
+        "benchmarks": benchmarks_table(),
+        "data-statistics": statistics_table(load_dataset()),
+    }
+
+
+def fill_blocks(text: str, contents: Mapping[str, str]) -> str:
+    """Replace what stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` by the content of that name.
+
+    Raises
+    ------
+    UserError
+        If a block has no content of its name, or no end.
+    """
+
+    def replace(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in contents:
+            raise UserError(f"block {name!r} has no content: choose from {', '.join(contents)}")
+        return f"<!-- begin: {name} -->\n{contents[name]}\n<!-- end: {name} -->"
+
+    if text.count("<!-- begin: ") != text.count("<!-- end: "):
+        raise UserError("a marked block has no end: add <!-- end: NAME --> after it")
+    return re.sub(r"<!-- begin: ([\w-]+) -->.*?<!-- end: \1 -->", replace, text, flags=re.DOTALL)
+
+
+def all_pages() -> list[Path]:
+    """Every page that may hold marked blocks."""
+    return [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+def fill_pages() -> list[Path]:
+    """Fill the blocks of every page; return those that changed."""
+    contents, changed = blocks(), []
+    for page in all_pages():
+        before = page.read_text(encoding="utf-8")
+        after = fill_blocks(before, contents)
+        if after != before:
+            write_text(page, after)
+            changed.append(page)
+    return changed

@@ -1,0 +1,143 @@
+"""Training states: everything the next step needs, and nothing that could run code."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2helpers.engine.resume import delete_state, has_state, load_state, save_state
+from m2helpers.files import UserError
+
+RECORD = {"step": 2, "history": [{"loss": 0.1 + 0.2}], "best": None}
+
+
+def _make(seed, fused=False):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {
+        "a": torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
+        "b": torch.nn.Parameter(torch.zeros(4)),
+    }
+    return parameters, torch.optim.AdamW(parameters.values(), lr=0.1, fused=fused)
+
+
+def _step(parameters, optimizer, number):
+    for p in parameters.values():
+        p.grad = torch.sin(p.detach() + number)
+    optimizer.step()
+
+
+@pytest.fixture
+def state(tmp_path):
+    parameters, optimizer = _make(0)
+    for number in range(2):
+        _step(parameters, optimizer, number)
+    save_state(tmp_path, parameters, optimizer, RECORD)
+    return tmp_path / "state.safetensors"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, fused):
+    parameters, optimizer = _make(0, fused)
+    for number in range(2):
+        _step(parameters, optimizer, number)
+    save_state(tmp_path, parameters, optimizer, RECORD)
+    restored, other = _make(1, fused)
+    assert load_state(tmp_path, restored, other) == RECORD
+    for number in range(2, 5):
+        _step(parameters, optimizer, number)
+        _step(restored, other, number)
+    for name, p in parameters.items():
+        assert torch.equal(restored[name], p)
+        for moment, value in optimizer.state[p].items():
+            assert torch.equal(other.state[restored[name]][moment], value), (name, moment)
+
+
+def test_a_state_before_the_first_step_is_whole_too(tmp_path):
+    parameters, optimizer = _make(0)
+    save_state(tmp_path, parameters, optimizer, {"step": 0})
+    restored, other = _make(1)
+    assert load_state(tmp_path, restored, other) == {"step": 0}
+    assert torch.equal(restored["a"], parameters["a"]) and not other.state
+
+
+def test_the_file_holds_tensors_and_no_code(state):
+    assert set(load_file(state)) == {f"{k}.{n}" for k in ("weight", "step", "exp_avg", "exp_avg_sq") for n in "ab"}
+
+
+def test_the_best_weights_come_back(tmp_path):
+    parameters, optimizer = _make(0)
+    best = {"a": torch.ones(3, 2), "b": torch.arange(4.0)}
+    save_state(tmp_path, parameters, optimizer, RECORD, best)
+    found = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
+    load_state(tmp_path, parameters, optimizer, found)
+    assert all(torch.equal(found[name], best[name]) for name in best)
+
+
+def test_a_save_that_fails_keeps_the_last_one(state):
+    before = state.read_bytes()
+    parameters, optimizer = _make(3)
+    with pytest.raises(TypeError):
+        save_state(state.parent, parameters, optimizer, {"not JSON": object()})
+    assert state.read_bytes() == before and [p.name for p in state.parent.iterdir()] == [state.name]
+
+
+def test_a_state_of_other_parameters_is_refused(state):
+    parameters, optimizer = _make(0)
+    del parameters["b"]
+    with pytest.raises(UserError, match="a run with other trained parameters; give that run's settings"):
+        load_state(state.parent, parameters, optimizer)
+
+
+def _no_record(path):
+    save_file({"weight.a": torch.zeros(1)}, path)
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    lambda p: p.unlink(),
+    lambda p: p.write_bytes(b"junk" * 50),
+    lambda p: p.write_bytes(b""),
+    lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    _flip_a_bit,
+    _no_record,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused(state, damage):
+    damage(state)
+    parameters, optimizer = _make(0)
+    with pytest.raises(UserError, match=r"not a readable training state .* delete it and start the run again") as error:
+        load_state(state.parent, parameters, optimizer)
+    assert str(state) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_falls_back_to_the_one_before(state, damage):
+    parameters, optimizer = _make(0)
+    load_state(state.parent, parameters, optimizer)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    _step(parameters, optimizer, 2)
+    save_state(state.parent, parameters, optimizer, {"step": 3})
+    damage(state)
+    with pytest.warns(UserWarning, match="going on from the save before it, step 2"):
+        assert load_state(state.parent, parameters, optimizer) == RECORD
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+    save_state(state.parent, parameters, optimizer, {"step": 4})
+    damage(state)  # once more: the save before it must be the good one still
+    with pytest.warns(UserWarning, match="going on from the save before it, step 2"):
+        assert load_state(state.parent, parameters, optimizer) == RECORD
+
+
+def test_states_are_deleted_together(state):
+    parameters, optimizer = _make(0)
+    save_state(state.parent, parameters, optimizer, {"step": 3})
+    assert has_state(state.parent) and len(list(state.parent.iterdir())) == 2
+    state.unlink()
+    assert has_state(state.parent)
+    delete_state(state.parent)
+    assert not has_state(state.parent) and not list(state.parent.iterdir())

@@ -1,0 +1,174 @@
+"""The report's pages and tables come from records, and from nowhere else."""
+
+import json
+
+import pytest
+
+from m2helpers import report
+from m2helpers.evaluation.scores import Result
+from m2helpers.files import UserError
+from m2helpers.report import pages, tables
+
+
+def make_result(mae: float | None, context: int = 128, **changes) -> Result:
+    """A result of two windows, both with the same error."""
+    values = dict(
+        protocol="P5", split="test", context=context, precision=2, seed=0, scale=1.0, mse=mae and mae**2, rmse=mae, mae=mae,
+        mae_per_variable=mae and [mae, mae / 2], per_step_mae=mae and [mae] * 5, n=2, n_valid=2 if mae else 0,
+        ci_mae=mae and [mae * 0.9, mae * 1.1], flops=10, seconds=1.0, model="m", run=None, data_sha256="d",
+        window_mae=[mae, mae], series=[0, 1],
+    )  # fmt: skip
+    return Result(**values | changes)
+
+
+def _records_in(monkeypatch, folder):
+    for module in (pages, tables):
+        monkeypatch.setattr(module, "checkpoint_folder", lambda base: folder)
+
+
+def test_pages_agree_with_the_records():
+    contents = report.blocks()
+    marked = [page for page in report.all_pages() if "<!-- begin: " in page.read_text(encoding="utf-8")]
+    assert {page.name for page in marked} >= {"README.md", "index.md"}
+    for page in marked:
+        text = page.read_text(encoding="utf-8")
+        assert report.fill_blocks(text, contents) == text, f"{page}: out of date, run 'make readme'"
+
+
+def test_a_changed_record_changes_the_page(tmp_path, monkeypatch):
+    for stage, mae in {"base": 0.5, "initial": 0.1234}.items():
+        (tmp_path / stage).mkdir()
+        rows = [vars(make_result(mae, context)) for context in (128, 512, 768)]
+        (tmp_path / stage / "metrics.json").write_text(json.dumps(rows))
+    _records_in(monkeypatch, tmp_path)
+    before = report.fill_blocks("<!-- begin: results -->\n<!-- end: results -->", {"results": report.headline_table()})
+    rows[0]["mae"] = 0.4321
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps(rows))
+    after = report.fill_blocks(before, {"results": report.headline_table()})
+    assert "0.1234" in before and "0.4321" not in before
+    assert "0.4321" in after and "training seeds: 1;" in after
+    others = [vars(make_result(0.9, context, split="validation")) for context in (128, 512, 768)]
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps(others + rows))
+    assert "0.4321" in report.headline_table() and "0.9000" not in report.headline_table()  # the test split's alone
+    rows = [vars(make_result(None, context)) for context in (128, 512, 768)]
+    for stage in ("final", "final-seed1"):
+        (tmp_path / stage).mkdir()
+    for stage in ("initial", "final", "final-seed1"):
+        (tmp_path / stage / "metrics.json").write_text(json.dumps(rows))
+    table = report.headline_table()
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps([vars(make_result(0.25, 512))]))
+    assert "| – | **0.2500** (0.2250–0.2750) | – |" in report.headline_table()  # each under its own context
+    assert (
+        "| no valid forecast | no valid forecast |" in table
+        and "training seeds: initial 1, final 2, of which the first" in table
+    )
+
+
+def test_the_spending_follows_the_ledger(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    assert "No ledger" in report.spending_table()
+    ledger = tmp_path / "ledger.csv"
+    ledger.write_text("stage,kind,flops\ninitial,train,3e13\ninitial,validate,1e13\nfinal,train,6e13\n")
+    assert report.spending_table().splitlines()[-1] == "| **all** | 9e+13 | 1e+13 | 1e+14 | 0.1000% |"
+    ledger.write_text("stage,kind,flops\ninitial,train,3e14\n")
+    assert report.spending_table().splitlines()[-1] == "| **all** | 3e+14 | 3e+14 | 0.3000% |"
+
+
+def test_the_pre_training_follows_its_record(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    assert "No pre-training" in report.pretraining_summary()
+    (tmp_path / "base").mkdir()
+    sittings = [
+        dict(machine=machine, tokens=n * 10**6, seconds=60 * n) for machine, n in (("one", 2), ("two", 9), ("one", 3))
+    ]
+    record = sittings[-1] | {"before": sittings[:-1], "total": {"tokens": 14e6, "flops": 1.5e15}}
+    (tmp_path / "base" / "pretraining.json").write_text(json.dumps(record))
+    assert report.pretraining_summary() == (
+        "Pre-training took 14 million tokens in 3 sittings (5 million in 5 minutes on one; 9 million in 9 minutes on two) "
+        "and 1.5e+15 FLOPs, which are not charged to the 1e+17."
+    )
+
+
+def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "BENCHMARKS", tmp_path / "benchmarks.json")
+    assert report.benchmarks_table() == "No benchmark has been recorded."
+    row = {"side": "theirs", "seconds": 12.345678, "ratio": 1.0, "times": [12.3], "peak_gb": 8.0, "peak_ratio": 1.0}
+    entry = {
+        "about": "A step.",
+        "machine": "a machine",
+        "date": "2026-01-02",
+        "rows": [row],
+        "profile": {"ours": {"a": 0.75, "b": 0.25}},
+    }
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"train": entry}))
+    lines = report.benchmarks_table().splitlines()
+    assert lines[0] == "**A step.** a machine; 2026-01-02."
+    assert lines[2:] == [
+        "|  | seconds, median | times as fast | peak memory (GB) | of the first row's |",
+        "|---|---|---|---|---|",
+        "| theirs | 12.35 | 1 | 8 | 1 |",
+        "",
+        "Where the time of *ours* goes: a 75%, b 25%.",
+    ]
+
+
+def test_fill_blocks_refuses_what_it_cannot_fill():
+    with pytest.raises(UserError, match="'strange' has no content"):
+        report.fill_blocks("<!-- begin: strange -->x<!-- end: strange -->", {"results": ""})
+    with pytest.raises(UserError, match="no end"):
+        report.fill_blocks("<!-- begin: results -->x", {"results": ""})
+
+
+def test_results_table_shows_invalid_forecasts_and_changes():
+    table = report.results_table(
+        {"untrained": [make_result(0.2)], "initial": [make_result(0.1)], "bad": [make_result(None)]}
+    )
+    assert list(table["valid"]) == ["2 of 2", "2 of 2", "0 of 2"]
+    assert table["change against untrained"][1].startswith("-50 %")
+    assert table["MAE"][2] == ""  # nothing is made up for a model with no valid forecast
+    apart = {
+        "untrained": [make_result(0.2, window_mae=[None, 0.2])],
+        "initial": [make_result(0.1, window_mae=[0.1, None])],
+    }
+    assert not report.results_table(apart).get("change against untrained", [""])[0]  # nothing to compare
+    few = make_result(0.1, window_mae=[0.1], series=[0])
+    with pytest.raises(UserError, match="measured on different windows"):
+        report.results_table({"untrained": [make_result(0.2)], "initial": [few]})
+
+
+def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
+    table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
+    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.04", "no valid forecast", "0.0726; 0.0263"]
+    assert "not run here" in table.index[2]
+
+
+def test_live_agreement_counts_windows_and_refuses_other_data():
+    recorded = [make_result(0.2, window_mae=[0.2, None, 0.4], series=[0, 1, 2])]
+    live = [make_result(0.2, n=2, window_mae=[0.2005, None])]
+    (row,) = report.live_agreement(live, recorded).to_dict("records")
+    assert (row["windows"], row["agree"]) == (2, 2)
+    live = [make_result(0.2, n=2, window_mae=[0.3, 0.2])]
+    assert report.live_agreement(live, recorded)["agree"][0] == 0
+    with pytest.raises(UserError, match="other data than was loaded"):
+        report.live_agreement([make_result(0.2, data_sha256="other")], recorded)
+
+
+def test_extremes_leave_invalid_windows_out():
+    result = make_result(0.2, window_mae=[0.3, None, 0.1, 0.2])
+    assert report.extremes(result) == {"best": 2, "median": 3, "worst": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [((-5, -9, -1), "better"), ((5, 1, 9), "worse"), ((-5, -9, 1), "no clear difference")]
+)
+def test_verdict_needs_an_interval_clear_of_zero(change, words):
+    assert report.verdict(change) == words
+
+
+def test_recorded_base_falls_back_to_embedded(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2_MODEL", "someone/model")
+    _records_in(monkeypatch, tmp_path)
+    assert report.recorded_base("initial") == "embedded"
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial" / "metrics.json").write_text("[]")
+    assert report.recorded_base("initial") == "someone/model"
