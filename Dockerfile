@@ -3,7 +3,7 @@
 #   docker build -t m2helpers --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #   docker run --rm -p 8888:8888 m2helpers
 #
-# TORCH_INDEX is optional: PyTorch's own CPU index. Without it, PyPI's wheel brings CUDA on x86 and several GB with it.
+# TORCH_INDEX is optional: PyTorch's own CPU index. Without it, PyPI's wheel brings CUDA, several GB, on any Linux.
 FROM python:3.12-slim
 
 RUN useradd --create-home --shell /bin/bash student
@@ -12,7 +12,8 @@ ENV HOME=/home/student \
     PATH=/home/student/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_DISABLE_TELEMETRY=1
-RUN mkdir /home/student/m2helpers && python -m venv /home/student/venv
+# Another user number (docker run --user) may read and run what is here; what it writes goes to folders it is given.
+RUN chmod 755 /home/student && mkdir /home/student/m2helpers && python -m venv /home/student/venv
 WORKDIR /home/student/m2helpers
 
 # The dependencies come first, so that a change in the project does not download them again.

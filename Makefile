@@ -1,7 +1,7 @@
 # make report   the report site, with notebooks executed here      make test   the tests, then the notebooks
 # Everything is installed into .venv beside this file, once. Two variables can be given on the command line:
 #   PYTHON=/path/to/python3.12                            the Python (3.11 or newer) that .venv is made from
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA, a far smaller download on x86 Linux
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch without CUDA, a far smaller download on Linux
 
 SHELL := /bin/sh
 PY := .venv/bin/python
