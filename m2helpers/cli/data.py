@@ -25,7 +25,7 @@ class Simulate:
     classic: Flag = False
     """Classic Lotka-Volterra: no saturation, no damping."""
     seed: _AsShipped = None
-    """Of the draw of the systems' parameters."""
+    """Seed of the draw of parameters."""
 
     def __call__(self) -> None:
         from ..simulator import SimulatorSettings, simulate, write_dataset

@@ -33,7 +33,7 @@ class Forecast:
     constrained: Flag = False
     """Write only what the grammar allows: all forecasts parse."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
     model: BaseOrRun = field(default_factory=default_model)
     run: RunOrBase = None
 

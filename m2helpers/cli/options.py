@@ -7,7 +7,7 @@ from dataclasses import Field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, get_args, get_origin, get_type_hints
 
-from tyro.conf import Positional, arg, create_mutex_group
+from tyro.conf import FlagConversionOff, Positional, arg, create_mutex_group
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..engine.tracking import TRACKERS
@@ -79,14 +79,12 @@ def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{0,1}",
-        instance_from_str=lambda words: _SWITCH[words[0].lower()],
+        instance_from_str=lambda words: words[0].lower() in ("1", "true"),
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: [str(int(value))],
-        choices=tuple(_SWITCH),
+        choices=("0", "1", "false", "true", "False", "True"),
     )
 
-
-_SWITCH = {"0": False, "1": True, "false": False, "true": True, "False": False, "True": True}
 
 Settings = TypeVar("Settings", PretrainSettings, TrainSettings)
 
@@ -106,7 +104,11 @@ def flags_of(settings: type[Settings], about: str, default: Callable[[Field], st
     """
     kinds = get_type_hints(settings)
     flags = [
-        (f.name, Annotated[kinds[f.name] | None, arg(help_behavior_hint=f"(default: {default(f)})")], None)
+        (
+            f.name,
+            Annotated[kinds[f.name] | None, FlagConversionOff, arg(help_behavior_hint=f"(default: {default(f)})")],
+            None,
+        )
         for f in fields(settings)
     ]
     unchecked = {"__doc__": about, "__post_init__": lambda self: None}
@@ -115,7 +117,11 @@ def flags_of(settings: type[Settings], about: str, default: Callable[[Field], st
 
 def show(value: object) -> str:
     """A setting's value as its flag takes it."""
-    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def changed(settings: Settings, flags: Settings) -> Settings:

@@ -71,7 +71,7 @@ class Train:
     output_dir: Folder
     """Folder of the run."""
     stage: Annotated[str, one_of(tuple(STAGES))] = "initial"
-    """Of the base's plan: the settings to start from."""
+    """Stage of the base's plan whose settings to start from."""
     resume: Flag = False
     """Continue a run that was stopped, from its last save."""
     track: Track = None
@@ -88,10 +88,11 @@ class Train:
         planned = getattr(plan_of(self.model), self.stage)  # learning rates that suit the base
         if planned is None:
             raise UserError(f"--stage {self.stage}: the plan of {self.model} has no such run; give initial or final")
+        settings = changed(planned, self.settings)
         result = train_lora(
             load_base(self.model),
             load_dataset(self.data),
-            changed(planned, self.settings),
+            settings,
             self.output_dir,
             stage=self.stage,
             resume=self.resume,
@@ -113,7 +114,7 @@ class Experiments:
     """Continue a run that was stopped, from its last save."""
     track: Track = None
     seeds: int = 1
-    """Of the long runs at the end."""
+    """Number of seeds for each of the long runs at the end."""
     data: DataFile = DATA_FILE
     model: BaseName = field(default_factory=default_model)
 
