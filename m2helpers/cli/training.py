@@ -31,7 +31,7 @@ _TrainFlags = Annotated[
     flags_of(
         TrainSettings,
         "A setting that is not given stays as the --stage of the base's plan has it. The defaults below are those of the "
-        f"embedded base ({' / '.join(STAGES)}); another base's plan has other learning rates, ranks, lengths and steps.",
+        f"embedded base ({' / '.join(STAGES)}); another base's plan has its own.",
         _by_stage,
     ),
 ]

@@ -6,6 +6,7 @@ import pkgutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -267,5 +268,5 @@ def test_every_console_can_show_help_and_messages(encoding, tmp_path, monkeypatc
 
 
 def test_the_console_script_is_this_main():
-    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert pkgutil.resolve_name(project["scripts"]["m2helpers"]) is main
