@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 
 from .files import UserError
 from .flops.costs import Adaptation
-from .text import Codec
 
 EMBEDDED = "embedded"
 """Name of the base that this project ships."""
@@ -157,6 +156,8 @@ class TrainSettings(LoraSettings):
     @property
     def adaptation(self) -> Adaptation:
         """What the account has to know of the run."""
+        from .text import Codec  # needs numpy, which the command line's help does without
+
         vocabulary = len(Codec(1.0).alphabet) if self.numeric_head else None
         return Adaptation(self.lora_r, self.target_modules, vocabulary, bool(self.gradient_checkpointing))
 

@@ -161,7 +161,9 @@ def test_the_file_is_the_one_the_variable_names(tmp_path, monkeypatch):
 
 
 def test_the_ledger_needs_no_torch():
-    program = "import m2helpers.ledger, m2helpers.__main__ as m, sys; m._parser(); sys.exit('torch' in sys.modules)"
+    program = (
+        "import m2helpers.ledger, m2helpers.__main__ as m, sys; m.parse(['ledger']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

@@ -1,8 +1,12 @@
 """The command line, run as a user runs it."""
 
+import io
 import json
+import pkgutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -10,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import m2helpers
 from m2helpers import paths
 from m2helpers.__main__ import main
 
@@ -227,3 +232,41 @@ def test_a_reader_that_goes_away_hears_no_complaint():
 def test_wrong_usage_is_status_2():
     finished = subprocess.run([sys.executable, "-m", "m2helpers", "forecast"], capture_output=True, text=True)
     assert finished.returncode == 2 and "required" in finished.stderr
+
+
+def test_no_command_is_status_2_with_the_list_of_them(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("usage: m2helpers") and "forecast" in said.err
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"m2helpers {m2helpers.__version__}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp932", "cp437", "cp1251"])
+def test_every_console_can_show_help_and_messages(encoding, tmp_path, monkeypatch):
+    def said_by(*words):
+        console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", console)
+        try:
+            status = main(words)
+        except SystemExit as stopped:
+            status = stopped.code
+        console.flush()
+        return status, console.buffer.getvalue().decode(encoding)
+
+    for words in ["--help"], ["train", "--help"]:
+        status, text = said_by(*words)
+        assert status == 0 and "?" not in text and "usage: m2helpers" in text
+    out = tmp_path / "Jäger – и добыча ×"
+    status, text = said_by("simulate", "--systems", "10", "--out", str(out))
+    assert status == 0 and "10 systems" in text and out.is_file()
+    status, text = said_by("flops", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--train")
+    assert status == 0 and "forward" in text
+
+
+def test_the_console_script_is_this_main():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert pkgutil.resolve_name(project["scripts"]["m2helpers"]) is main

@@ -1,0 +1,44 @@
+"""Commands for the site: its benchmarks, and the blocks that are filled from records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from ..paths import BENCHMARKS, DATA_FILE
+from .options import DataFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The benchmarks the site quotes, side by side with the alternative."""
+
+    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded"]]
+    """Which benchmark."""
+    json: Annotated[Path, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = BENCHMARKS
+    """Record to put it into."""
+    data: DataFile = DATA_FILE
+
+    def __call__(self) -> None:
+        import pandas as pd
+
+        from ..data import load_dataset
+        from ..experiments.bench import run_benchmark
+
+        entry = run_benchmark(self.name, load_dataset(self.data), self.json)
+        print(entry["about"], entry["machine"], sep="\n")
+        print(pd.DataFrame(entry["rows"]).drop(columns="times").to_string(index=False, float_format="{:.4g}".format))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillReadme:
+    """Fill the marked blocks of README and pages from the records."""
+
+    def __call__(self) -> None:
+        from ..report.pages import fill_pages
+
+        for page in fill_pages():
+            print(f"{page.name}: filled")
