@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2For
 
 from m2helpers import training
 from m2helpers.engine.loop import Stopped
-from m2helpers.engine.losses import CHUNK
+from m2helpers.engine.losses import CHUNK, Diverged
+from m2helpers.engine.windows import pick, text_windows
 from m2helpers.files import UserError, read_json
 from m2helpers.flops.account import CAP, forward_account
 from m2helpers.flops.costs import Cost
@@ -139,8 +140,8 @@ def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_pat
         judged.append(_weights(base.model))
         return 1 / len(judged), Cost()
 
-    def step(work):
-        spent = one(work)
+    def step(work, bill):
+        spent = one(work, bill)
         trained[work.settings.average].append({name: p.detach().clone() for name, p in work.parameters.items()})
         return spent
 
@@ -206,7 +207,7 @@ def test_a_run_whose_last_save_is_damaged_ends_as_if_it_had_not_been(train, run,
     stop_after_a_save(folder, saves=2)
     last = folder / "state.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="going on from the save before it, step 3"):
+    with pytest.warns(UserWarning, match="resuming from the save before it, step 3"):
         resumed = train(QUICK, folder, resume=True)
     assert _same(_weights(resumed.model), _weights(whole.model))
     assert resumed.history[STEADY].equals(whole.history[STEADY])
@@ -283,7 +284,7 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     folder, result = run
     base = load_run(folder, merged=False).base
     codec = Codec(fit_scale(small_data.part("train")))
-    windows = training._windows(small_data.part("validation"), codec, base, QUICK.max_length)
+    windows = text_windows(small_data.part("validation"), codec, base.tokenizer, QUICK.max_length)
     chosen = np.random.default_rng(0).permutation(len(windows))[: QUICK.eval_windows]
     val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: Cost())
     assert val_loss == result.history["val_loss"].min()
@@ -587,7 +588,7 @@ def windows_read(monkeypatch):
 def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
     codec = Codec(fit_scale(small_data.part("train")))
     work = training.Training(tiny_base(), small_data, QUICK, codec)
-    windows = training._windows(small_data.part("train"), codec, work.base, QUICK.max_length)
+    windows = text_windows(small_data.part("train"), codec, work.base.tokenizer, QUICK.max_length)
     assert len(windows) % QUICK.batch_size == 0
     for _ in range(len(windows) // QUICK.batch_size):
         work.step()
@@ -688,11 +689,12 @@ def test_padding_changes_no_gradient(tiny_base):
 
 
 def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
-    codec, series = Codec(1.0), np.ones((2, 5, 2))  # ten characters a step
-    assert [len(w) for w in training._windows(series, codec, tiny_base(), 32)] == [32, 18, 32, 18]
-    assert [len(w) for w in training._windows(series, codec, tiny_base(), 49)] == [49, 49]  # and one token left over
-    whole = np.concatenate(training._windows(series[:1], codec, tiny_base(), 32))
-    assert tiny_base().tokenizer.decode(whole) == codec.encode(series[0])
+    codec, tokenizer = Codec(1.0), tiny_base().tokenizer
+    series = np.ones((2, 5, 2))  # ten characters a step
+    assert [len(w) for w in text_windows(series, codec, tokenizer, 32)] == [32, 18, 32, 18]
+    assert [len(w) for w in text_windows(series, codec, tokenizer, 49)] == [49, 49]  # and one token left over
+    whole = np.concatenate(text_windows(series[:1], codec, tokenizer, 32))
+    assert tokenizer.decode(whole) == codec.encode(series[0])
 
 
 @pytest.mark.parametrize("change", [dict(rescale=0.5), dict(random_start=1), dict(rescale=0.5, random_start=1)])
@@ -704,7 +706,7 @@ def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, c
     texts = [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert texts == [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert all(len(text) <= QUICK.max_length for text in texts) and len(set(texts)) > 20
-    sources = [series[training._pick(settings.seed, place, len(series))] for place in range(40)]
+    sources = [series[pick(settings.seed, place, len(series))] for place in range(40)]
     plain = [codec.encode(values) for values in sources]
     if settings.random_start:
         assert min(map(len, texts)) >= QUICK.max_length // 4
@@ -805,7 +807,7 @@ def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
 
 def test_every_epoch_sees_every_window_once():
     n, batch = 10, 4
-    places = [training._pick(3, place, n) for place in range(5 * batch)]
+    places = [pick(3, place, n) for place in range(5 * batch)]
     assert sorted(places[:n]) == sorted(places[n:]) == list(range(n))
     assert places[:n] != places[n:]
 

@@ -269,9 +269,11 @@ def test_a_further_sitting_goes_on_from_the_weights(whole, tmp_path):
 
 
 def test_what_cannot_be_gone_on_from(whole, tmp_path, tiny_folder):
-    with pytest.raises(UserError, match="has seen the texts of seed 0; go on with another --seed"):
+    with pytest.raises(UserError, match="has seen the texts of seed 0; give another --seed"):
         _run(tmp_path / "run", QUICK, start=str(whole[0]))
-    with pytest.raises(UserError, match=r"no pretraining.json in .*; only a base pre-trained here"):
+    with pytest.raises(
+        UserError, match=r"no pretraining.json in .*; only a base pre-trained here can be trained further"
+    ):
         _run(tmp_path / "run", replace(QUICK, seed=1), start=str(tiny_folder))
 
 
@@ -284,7 +286,10 @@ def test_a_signal_saves_and_stops_within_one_step(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 4; --resume goes on from there"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="run: stopped at step 4 of 7; --resume goes on from there"),
+    ):
         patch.setattr(pretraining, "_loss", ask)
         _run(tmp_path / "run")
     _run(tmp_path / "run", resume=True)
