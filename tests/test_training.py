@@ -21,7 +21,7 @@ from m2helpers.engine.losses import CHUNK, Diverged
 from m2helpers.engine.windows import pick, text_windows
 from m2helpers.files import UserError, read_json
 from m2helpers.flops.account import CAP, forward_account
-from m2helpers.flops.costs import Cost
+from m2helpers.flops.costs import Cost, batch_costs
 from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
@@ -323,8 +323,9 @@ def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
 
 def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_loss", lambda base, *_: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
-    with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
+    with pytest.raises(Diverged, match="step 1: the loss is no longer a number; use a smaller learning_rate") as error:
         train(QUICK)
+    assert isinstance(error.value, UserError)
 
 
 # ---------------------------------------------------------------- what it spends
@@ -355,6 +356,26 @@ def test_every_step_and_validation_is_charged(train, tmp_path, ledger):
         ("run", "initial", recorded["settings_sha256"], "settled")
     }
     assert all(e["flops_course"] > e["flops"] for e in entries)  # grouped-query attention
+
+
+def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
+    """Step 5 does, in the second save interval, after the validation of step 4: it was computed like any other."""
+    loss, batches = training._loss, []
+
+    def diverge(base, *rest):
+        value, shape = loss(base, *rest)
+        if base.model.training:
+            batches.append(shape)
+        return value * (float("nan") if len(batches) == 5 else 1), shape
+
+    monkeypatch.setattr(training, "_loss", diverge)
+    with pytest.raises(Diverged, match="step 5: the loss is no longer a number"):
+        train(QUICK)
+    step_cost, _ = batch_costs(tiny_base().model.config, QUICK.adaptation)
+    costs = [step_cost(shape).flops for shape in batches]
+    entries = ledger().entries()
+    assert [(e["kind"], e["state"]) for e in entries] == [("train", "settled"), ("validate", "settled")] * 2
+    assert [e["flops"] for e in entries if e["kind"] == "train"] == [sum(costs[:3]), sum(costs[3:])]
 
 
 def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
@@ -688,15 +709,6 @@ def test_padding_changes_no_gradient(tiny_base):
     torch.testing.assert_close(together, (16 * long + 7 * short) / 23, atol=1e-5, rtol=1e-4)
 
 
-def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
-    codec, tokenizer = Codec(1.0), tiny_base().tokenizer
-    series = np.ones((2, 5, 2))  # ten characters a step
-    assert [len(w) for w in text_windows(series, codec, tokenizer, 32)] == [32, 18, 32, 18]
-    assert [len(w) for w in text_windows(series, codec, tokenizer, 49)] == [49, 49]  # and one token left over
-    whole = np.concatenate(text_windows(series[:1], codec, tokenizer, 32))
-    assert tokenizer.decode(whole) == codec.encode(series[0])
-
-
 @pytest.mark.parametrize("change", [dict(rescale=0.5), dict(random_start=1), dict(rescale=0.5, random_start=1)])
 def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, change):
     """Each is a stretch of the text of one training series times one factor; the same place, the same window."""
@@ -803,13 +815,6 @@ def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
         with _Largest() as largest:
             do()
         assert largest.numbers == CHUNK * vocabulary
-
-
-def test_every_epoch_sees_every_window_once():
-    n, batch = 10, 4
-    places = [pick(3, place, n) for place in range(5 * batch)]
-    assert sorted(places[:n]) == sorted(places[n:]) == list(range(n))
-    assert places[:n] != places[n:]
 
 
 # ---------------------------------------------------------------- FLOPs

@@ -105,8 +105,9 @@ def pretrain(
     if resume:
         asked, state = state, load_state(output_dir, parameters, optimizer, PretrainState)
         check_same(output_dir, asked, state)
+    work = _Pretraining(model, optimizer, settings, state, output_dir)
     with _no_denormals():
-        run_steps(_Pretraining(model, optimizer, settings, state, output_dir), str(output_dir), stop_after=stop_after)
+        run_steps(work, output_dir.resolve().name, stop_after=stop_after)
     if state.step < settings.max_steps:
         return state.record()
     record = finished_record(state, settings, model)

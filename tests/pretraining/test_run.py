@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from m2helpers.engine.loop import Stopped
+from m2helpers.engine.losses import Diverged
 from m2helpers.engine.resume import has_state
 from m2helpers.files import UserError, read_json, sha256_file
 from m2helpers.flops.account import forward_account
@@ -322,7 +323,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
         return taken[-1] * (float("nan") if len(taken) == 4 else 1)
 
     monkeypatch.setattr(pretraining, "_backward", diverge)
-    with pytest.raises(UserError, match="step 4: the loss is no longer a number; use a smaller learning_rate"):
+    with pytest.raises(Diverged, match="step 4: the loss is no longer a number; use a smaller learning_rate"):
         _run(tmp_path)
     assert has_state(tmp_path)
 
