@@ -1,7 +1,7 @@
 """Fine-tuning: LoRA updates and the head bias, trained on the text of many series.
 
 The windows of a step, and its dropout, are functions of the seed and the step alone. So one seed gives one result on one
-machine, and a run that was stopped goes on as if it had not been.
+machine, and a run that was stopped resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -10,32 +10,56 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .data import Dataset
 from .engine.activations import lean_activations
 from .engine.attention import attend_lean
-from .engine.loop import Stopped, stop_on_signal
+from .engine.loop import run_steps
 from .engine.losses import head_loss, refuse_nan
-from .engine.resume import load_state, save_state
-from .engine.tracking import tracked
+from .engine.resume import State, load_state, save_state
+from .engine.tracking import Log, tracked
+from .engine.windows import augmented_window, pick, text_windows
 from .files import UserError, write_json
 from .flops.costs import BatchCost, Cost, batch_costs
-from .ledger import Ledger, Spender, default_ledger, spender_of
+from .ledger import Bill, Ledger, Spender, default_ledger, spender_of
 from .lora import apply_lora, trainable_parameters
 from .models import Base, mixed_precision
 from .runs import check_folder, describe, finish
 from .settings import STAGES, TrainSettings
-from .text import Codec, fit_scale, numeric_tokens, right_pad, tokenise, windows
+from .text import Codec, fit_scale, numeric_tokens, right_pad
+
+
+class TrainRow(TypedDict):
+    """A row of the history: what is known after a validation."""
+
+    step: int
+    loss: float
+    """Mean of the steps since the last row."""
+    val_loss: float
+    learning_rate: float
+    tokens_per_second: float
+    flops: int
+    """Of training and validation so far."""
+
+
+@dataclass(kw_only=True)
+class TrainState(State):
+    """Where a fine-tuning run stands."""
+
+    flops: int = 0
+    history: list[TrainRow] = field(default_factory=list)
+    best: float | None = None
+    """The least validation loss so far."""
+    speed: float = 0.0
+    """Tokens a second, of this sitting."""
 
 
 class TrainResult(NamedTuple):
@@ -72,7 +96,7 @@ def train_lora(
     stage : str
         Part of the plan that the run belongs to, for the ledger.
     resume : bool
-        Go on from the last save in `output_dir`.
+        Resume from the last save in `output_dir`.
     progress : bool
         Show a bar with loss, tokens/s, FLOPs and the time left.
     track : str, optional
@@ -87,9 +111,11 @@ def train_lora(
     Raises
     ------
     UserError
-        If the folder holds a run already, or nothing to resume, or a run with other settings; or the loss diverges.
+        If the folder holds a run already, or nothing to resume, or a run with other settings.
+    Diverged
+        If the loss is no longer a finite number. The step is billed.
     CapReached
-        If the steps up to the next save do not fit under the cap; what was saved before stays, to be gone on with.
+        If the steps up to the next save do not fit under the cap; what was saved before stays, to be resumed.
     Stopped
         On Ctrl-C or SIGTERM, once the step in hand is done and everything is saved.
     """
@@ -101,64 +127,33 @@ def train_lora(
     config = describe(base, dataset, settings, codec, stage)
     check_folder(folder, config, resume)
     work = Training(base, dataset, settings, codec)
-    if resume:
-        work.record = load_state(folder, work.parameters, work.optimizer, work.best)
+    if folder and resume:
+        work.state = load_state(folder, work.parameters, work.optimizer, TrainState, work.best)
     elif folder:
         write_json(folder / "config.json", config)
 
-    record, spender = work.record, Spender(name, stage, config["settings_sha256"])
-    ledger = ledger or default_ledger(base)
-    started, tokens = time.monotonic(), 0
-    shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
-    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
-        while not work.finished:
-            first = record["step"]
-            stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
-            saved = f"; --resume goes on from step {first:,}" if folder and first else ""
-            place = f"stopped at step {first:,} of {settings.max_steps:,}{saved}. "
-            with ledger.reserve(spender, place, **work.most(stop)) as bill:
-                while (record["step"] < stop or record["due"]) and not asked_to_stop():
-                    if record["due"]:
-                        bill.add("validate", work.validate(asked_to_stop))
-                        if not record["due"]:
-                            log({"val_loss": record["history"][-1]["val_loss"]}, record["step"])
-                        continue
-                    spent = work.step()
-                    bill.add("train", spent)
-                    tokens += spent.tokens
-                    record["speed"] = round(tokens / (time.monotonic() - started), 1)
-                    bar.update()
-                    now = (
-                        f"loss {record['losses'][-1]:.3f}, {record['speed']:,.0f} tokens/s, {record['flops']:.2e} FLOPs"
-                    )
-                    bar.set_postfix_str(now, refresh=False)
-                    log(
-                        {"loss": record["losses"][-1], "learning_rate": settings.rate(record["step"] - 1)},
-                        record["step"],
-                    )
-            if folder:
-                save_state(folder, work.parameters, work.optimizer, record, work.best)
-            if asked_to_stop() and not work.finished:
-                saved = "; --resume goes on from there" if folder else ""
-                raise Stopped(f"{name}: stopped at step {record['step']:,} of {settings.max_steps:,}{saved}")
+    spender, ledger = Spender(name, stage, config["settings_sha256"]), ledger or default_ledger(base)
+    with tracked(track, folder or Path(), asdict(settings)) as log:
+        charged = _Charged(work, ledger, spender, folder, log)
+        run_steps(charged, name, progress=progress, resumable=folder is not None)
     for key, p in work.parameters.items():
         p.data.copy_(work.best[key])
-    history = pd.DataFrame(record["history"])
+    history = pd.DataFrame(work.state.history)
     if folder:
         finish(folder, history, config, settings, base)
     return TrainResult(base.model.eval(), history)
 
 
 class Training:
-    """A run in hand: what it trains, what is due next, and what the steps kept so far were and cost."""
+    """A run in hand: what it trains, and where it stands."""
 
     def __init__(self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec) -> None:
         self.base, self.settings = base, settings
         self.codec, self.series = codec, dataset.part("train")
-        self.train = _windows(self.series, codec, base, settings.max_length)
+        self.train = text_windows(self.series, codec, base.tokenizer, settings.max_length)
         augmented = settings.rescale or settings.random_start
         self.longest = settings.max_length if augmented else max(map(len, self.train))  # no batch costs more
-        validation = _windows(dataset.part("validation"), codec, base, settings.max_length)
+        validation = text_windows(dataset.part("validation"), codec, base.tokenizer, settings.max_length)
         chosen = np.random.default_rng(0).permutation(len(validation))[: settings.eval_windows]
         self.validation = [validation[i] for i in chosen]
         torch.manual_seed(settings.seed)
@@ -167,8 +162,7 @@ class Training:
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        # due: a validation is; losses: of the steps since the last validation
-        self.record = {"step": 0, "flops": 0, "history": [], "best": None, "losses": [], "due": False, "speed": 0.0}
+        self.state = TrainState()
         self.characters = (
             torch.from_numpy(np.sort(numeric_tokens(codec, base.tokenizer))).to(base.model.device)
             if settings.numeric_head
@@ -179,21 +173,18 @@ class Training:
             # The re-entrant kind would want embeddings that learn.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
 
-    @property
-    def finished(self) -> bool:
-        return self.record["step"] == self.settings.max_steps and not self.record["due"]
-
     def most(self, stop: int) -> dict[str, Cost]:
         """What the steps up to `stop` and their validations can cost, by kind."""
-        first, settings = self.record["step"], self.settings
+        first, settings = self.state.step, self.settings
         step = self.step_cost((settings.batch_size, self.longest))
-        validations = settings.validations(first, stop) + self.record["due"]
+        validations = settings.validations(first, stop) + self.state.due
         validation = _validation_at_most(self.validation, settings, self.cost)
         return {"train": step * (stop - first), "validate": validation * validations}
 
-    def step(self) -> Cost:
-        """Take one optimizer step."""
-        step, settings = self.record["step"], self.settings
+    def step(self, bill: Bill | None = None) -> Cost:
+        """Take one optimizer step, and put it on the bill before a loss that is no number ends the run (`Diverged`)."""
+        state, settings = self.state, self.settings
+        step = state.step
         torch.manual_seed(int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0]))  # dropout's
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step)
@@ -203,6 +194,9 @@ class Training:
             with mixed_precision(self.base.model):
                 loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
             loss.backward()
+        spent = self.step_cost(shape)
+        if bill:
+            bill.add("train", spent)
         refuse_nan([loss.item()], step + 1)
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
@@ -211,47 +205,43 @@ class Training:
             for p in self.parameters.values():  # kept beside the moments, to be saved with them
                 average = self.optimizer.state[p].setdefault("average", p.detach().clone())
                 average.lerp_(p.detach(), 1 - settings.average)
-        spent = self.step_cost(shape)
-        self.record |= {"step": step + 1, "due": settings.validates(step + 1)}
-        self.record["losses"].append(loss.item())
-        self.record["flops"] += spent.flops
+        state.step, state.due = step + 1, settings.validates(step + 1)
+        state.losses.append(loss.item())
+        state.flops += spent.flops
         return spent
 
     def window(self, place: int) -> np.ndarray:
         """The training window at a place in an endless row of shuffled epochs: its token ids."""
         settings = self.settings
-        if not settings.rescale and not settings.random_start:
-            return self.train[_pick(settings.seed, place, len(self.train))]
-        draw = np.random.default_rng([settings.seed, 1, place])
-        values = self.series[_pick(settings.seed, place, len(self.series))]
-        values = values * np.exp(draw.uniform(-settings.rescale, settings.rescale))
-        (ids,) = tokenise([self.codec.encode(values)], self.base.tokenizer)
-        length = settings.max_length
-        if settings.random_start:
-            last = max(1, len(ids) - max(2, length // 4) + 1)  # so that a window is no mere stub
-            start = draw.integers(last) * draw.integers(2)
-            return ids[start : start + length]
-        start, stop = draw.choice([w for w in windows(len(ids), length, length) if w[1] - w[0] > 1])
-        return ids[start:stop]
+        if settings.rescale or settings.random_start:
+            return augmented_window(self.series, place, settings, self.codec, self.base.tokenizer)
+        return self.train[pick(settings.seed, place, len(self.train))]
 
-    def validate(self, asked_to_stop: Callable[[], bool]) -> Cost:
+    def validate(self, asked_to_stop: Callable[[], bool], bill: Bill | None = None) -> None:
         """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""
-        record = self.record
+        state = self.state
         with self._averaged() as weights:
             loss, spent = _validate(
                 self.base, self.settings, self.validation, self.cost, asked_to_stop, self.characters
             )
+        if bill:
+            bill.add("validate", spent)
         if loss is None:
-            return spent
-        record["flops"] += spent.flops
-        row = {"step": record["step"], "loss": float(np.mean(record["losses"])), "val_loss": loss}
-        row |= {"learning_rate": self.settings.rate(record["step"] - 1), "tokens_per_second": record["speed"]}
-        record["history"].append(row | {"flops": record["flops"]})
-        record |= {"losses": [], "due": False}
-        if record["best"] is None or loss < record["best"]:
-            record["best"] = loss
-            self.best = weights
-        return spent
+            return
+        state.flops += spent.flops
+        state.history.append(
+            {
+                "step": state.step,
+                "loss": float(np.mean(state.losses)),
+                "val_loss": loss,
+                "learning_rate": self.settings.rate(state.step - 1),
+                "tokens_per_second": state.speed,
+                "flops": state.flops,
+            }
+        )
+        state.losses, state.due = [], False
+        if state.best is None or loss < state.best:
+            state.best, self.best = loss, weights
 
     @contextmanager
     def _averaged(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -266,33 +256,53 @@ class Training:
                 p.data = own[name]
 
 
+class _Charged:
+    """A run as the loop sees it: each interval is reserved on the ledger, each step billed, shown and logged."""
+
+    def __init__(self, run: Training, ledger: Ledger, spender: Spender, folder: Path | None, log: Log) -> None:
+        self.run, self.ledger, self.spender, self.folder, self.log = run, ledger, spender, folder, log
+        self.state, self.max_steps, self.save_steps = run.state, run.settings.max_steps, run.settings.save_steps
+        self.bill: Bill | None = None
+        self.started, self.tokens = time.monotonic(), 0
+
+    @contextmanager
+    def interval(self, stop: int) -> Iterator[None]:
+        step = self.state.step
+        saved = f"; --resume goes on from step {step:,}" if self.folder and step else ""
+        place = f"stopped at step {step:,} of {self.max_steps:,}{saved}. "
+        with self.ledger.reserve(self.spender, place, **self.run.most(stop)) as self.bill:
+            yield
+
+    def step(self) -> str:
+        state = self.state
+        self.tokens += self.run.step(self.bill).tokens
+        state.speed = round(self.tokens / (time.monotonic() - self.started), 1)
+        loss, rate = state.losses[-1], self.run.settings.rate(state.step - 1)
+        self.log({"loss": loss, "learning_rate": rate}, state.step)
+        return f"loss {loss:.3f}, {state.speed:,.0f} tokens/s, {state.flops:.2e} FLOPs"
+
+    def validate(self, asked_to_stop: Callable[[], bool]) -> None:
+        self.run.validate(asked_to_stop, self.bill)
+        if not self.state.due:
+            self.log({"val_loss": self.state.history[-1]["val_loss"]}, self.state.step)
+
+    def save(self) -> None:
+        if self.folder:
+            save_state(self.folder, self.run.parameters, self.run.optimizer, self.state, self.run.best)
+
+
 def series_loss(
     base: Base, codec: Codec, trajectories: np.ndarray, length: int = 512, ledger: Ledger | None = None
 ) -> float:
     """Mean loss per token of a model, in nats, on the text of series (n_series, n_steps, n_variables); charged."""
-    settings, parts = TrainSettings(lora_r=0), _windows(trajectories, codec, base, length)
+    settings, parts = TrainSettings(lora_r=0), text_windows(trajectories, codec, base.tokenizer, length)
     _, cost = batch_costs(base.model.config, settings.adaptation)
     ledger = ledger or default_ledger(base)
     with ledger.reserve(spender_of(base), validate=_validation_at_most(parts, settings, cost)) as bill:
         loss, spent = _validate(base, settings, parts, cost)
         bill.add("validate", spent)
+    assert loss is not None  # nothing asked it to stop
     return loss
-
-
-def _windows(trajectories: np.ndarray, codec: Codec, base: Base, length: int) -> list[np.ndarray]:
-    """Token ids of consecutive windows, the last of each series as short as it must be (one token predicts nothing)."""
-    series = tokenise([codec.encode(values) for values in trajectories], base.tokenizer)
-    return [ids[start:stop] for ids in series for start, stop in windows(len(ids), length, length) if stop - start > 1]
-
-
-def _pick(seed: int, place: int, n: int) -> int:
-    """Which of `n` things stands at a place in an endless row of shuffled epochs."""
-    return int(_epoch(seed, place // n, n)[place % n])
-
-
-@lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def _loss(
@@ -304,7 +314,7 @@ def _loss(
     hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (batch, length, hidden)
     scored = mask[:, 1:] == 1
     loss = head_loss(hidden[:, :-1][scored], base.model.get_output_embeddings(), ids[:, 1:][scored], characters)
-    return loss, tuple(ids.shape)
+    return loss, (len(ids), ids.shape[1])
 
 
 def _validation_at_most(validation: Sequence[np.ndarray], settings: TrainSettings, cost: BatchCost) -> Cost:

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2For
 
 from m2helpers import training
 from m2helpers.engine.loop import Stopped
-from m2helpers.engine.losses import CHUNK
+from m2helpers.engine.losses import CHUNK, Diverged
+from m2helpers.engine.windows import pick, text_windows
 from m2helpers.files import UserError, read_json
 from m2helpers.flops.account import CAP, forward_account
-from m2helpers.flops.costs import Cost
+from m2helpers.flops.costs import Cost, batch_costs
 from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
@@ -139,8 +140,8 @@ def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_pat
         judged.append(_weights(base.model))
         return 1 / len(judged), Cost()
 
-    def step(work):
-        spent = one(work)
+    def step(work, bill):
+        spent = one(work, bill)
         trained[work.settings.average].append({name: p.detach().clone() for name, p in work.parameters.items()})
         return spent
 
@@ -206,7 +207,7 @@ def test_a_run_whose_last_save_is_damaged_ends_as_if_it_had_not_been(train, run,
     stop_after_a_save(folder, saves=2)
     last = folder / "state.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="going on from the save before it, step 3"):
+    with pytest.warns(UserWarning, match="resuming from the save before it, step 3"):
         resumed = train(QUICK, folder, resume=True)
     assert _same(_weights(resumed.model), _weights(whole.model))
     assert resumed.history[STEADY].equals(whole.history[STEADY])
@@ -283,7 +284,7 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     folder, result = run
     base = load_run(folder, merged=False).base
     codec = Codec(fit_scale(small_data.part("train")))
-    windows = training._windows(small_data.part("validation"), codec, base, QUICK.max_length)
+    windows = text_windows(small_data.part("validation"), codec, base.tokenizer, QUICK.max_length)
     chosen = np.random.default_rng(0).permutation(len(windows))[: QUICK.eval_windows]
     val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: Cost())
     assert val_loss == result.history["val_loss"].min()
@@ -322,8 +323,9 @@ def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
 
 def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_loss", lambda base, *_: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
-    with pytest.raises(UserError, match="step 1: the loss is no longer a number; use a smaller learning_rate"):
+    with pytest.raises(Diverged, match="step 1: the loss is no longer a number; use a smaller learning_rate") as error:
         train(QUICK)
+    assert isinstance(error.value, UserError)
 
 
 # ---------------------------------------------------------------- what it spends
@@ -354,6 +356,26 @@ def test_every_step_and_validation_is_charged(train, tmp_path, ledger):
         ("run", "initial", recorded["settings_sha256"], "settled")
     }
     assert all(e["flops_course"] > e["flops"] for e in entries)  # grouped-query attention
+
+
+def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
+    """Step 5 does, in the second save interval, after the validation of step 4: it was computed like any other."""
+    loss, batches = training._loss, []
+
+    def diverge(base, *rest):
+        value, shape = loss(base, *rest)
+        if base.model.training:
+            batches.append(shape)
+        return value * (float("nan") if len(batches) == 5 else 1), shape
+
+    monkeypatch.setattr(training, "_loss", diverge)
+    with pytest.raises(Diverged, match="step 5: the loss is no longer a number"):
+        train(QUICK)
+    step_cost, _ = batch_costs(tiny_base().model.config, QUICK.adaptation)
+    costs = [step_cost(shape).flops for shape in batches]
+    entries = ledger().entries()
+    assert [(e["kind"], e["state"]) for e in entries] == [("train", "settled"), ("validate", "settled")] * 2
+    assert [e["flops"] for e in entries if e["kind"] == "train"] == [sum(costs[:3]), sum(costs[3:])]
 
 
 def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
@@ -587,7 +609,7 @@ def windows_read(monkeypatch):
 def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
     codec = Codec(fit_scale(small_data.part("train")))
     work = training.Training(tiny_base(), small_data, QUICK, codec)
-    windows = training._windows(small_data.part("train"), codec, work.base, QUICK.max_length)
+    windows = text_windows(small_data.part("train"), codec, work.base.tokenizer, QUICK.max_length)
     assert len(windows) % QUICK.batch_size == 0
     for _ in range(len(windows) // QUICK.batch_size):
         work.step()
@@ -687,14 +709,6 @@ def test_padding_changes_no_gradient(tiny_base):
     torch.testing.assert_close(together, (16 * long + 7 * short) / 23, atol=1e-5, rtol=1e-4)
 
 
-def test_windows_keep_the_short_end_and_drop_what_predicts_nothing(tiny_base):
-    codec, series = Codec(1.0), np.ones((2, 5, 2))  # ten characters a step
-    assert [len(w) for w in training._windows(series, codec, tiny_base(), 32)] == [32, 18, 32, 18]
-    assert [len(w) for w in training._windows(series, codec, tiny_base(), 49)] == [49, 49]  # and one token left over
-    whole = np.concatenate(training._windows(series[:1], codec, tiny_base(), 32))
-    assert tiny_base().tokenizer.decode(whole) == codec.encode(series[0])
-
-
 @pytest.mark.parametrize("change", [dict(rescale=0.5), dict(random_start=1), dict(rescale=0.5, random_start=1)])
 def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, change):
     """Each is a stretch of the text of one training series times one factor; the same place, the same window."""
@@ -704,7 +718,7 @@ def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, c
     texts = [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert texts == [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert all(len(text) <= QUICK.max_length for text in texts) and len(set(texts)) > 20
-    sources = [series[training._pick(settings.seed, place, len(series))] for place in range(40)]
+    sources = [series[pick(settings.seed, place, len(series))] for place in range(40)]
     plain = [codec.encode(values) for values in sources]
     if settings.random_start:
         assert min(map(len, texts)) >= QUICK.max_length // 4
@@ -801,13 +815,6 @@ def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
         with _Largest() as largest:
             do()
         assert largest.numbers == CHUNK * vocabulary
-
-
-def test_every_epoch_sees_every_window_once():
-    n, batch = 10, 4
-    places = [training._pick(3, place, n) for place in range(5 * batch)]
-    assert sorted(places[:n]) == sorted(places[n:]) == list(range(n))
-    assert places[:n] != places[n:]
 
 
 # ---------------------------------------------------------------- FLOPs

@@ -1,4 +1,4 @@
-"""Saving and restoring a training run between steps: weights, the optimizer's moments and a small record, without pickle.
+"""Saving and restoring a training run between steps: weights, the optimizer's moments and a small state, without pickle.
 
 The save before the last is kept beside it, so that a file damaged on disk costs one interval and not the run.
 """
@@ -10,11 +10,13 @@ import os
 import warnings
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from ..files import UserError, atomic_path
 
@@ -25,13 +27,28 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "average")  # of 
 Tensors = Mapping[str, torch.Tensor]
 
 
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands between two steps. A run adds fields of its own; all of them hold JSON values."""
+
+    step: int = 0
+    """Steps taken."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last row of the history."""
+    due: bool = False
+    """Whether a validation is still to be made at this step."""
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
 def has_state(folder: Path) -> bool:
     """Whether a folder holds a run that was stopped."""
     return any((Path(folder) / name).exists() for name in (STATE_NAME, PREVIOUS_NAME))
 
 
 def save_state(
-    folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer, record: dict, best: Tensors | None = None
+    folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer, state: State, best: Tensors | None = None
 ) -> None:
     """Write everything the next step depends on to ``state.safetensors``, all of it or nothing; keep the one before.
 
@@ -39,8 +56,7 @@ def save_state(
     ----------
     parameters : mapping of name to tensor
         The trained parameters, those the optimizer holds.
-    record : dict
-        JSON values: step, settings, history so far.
+    state : State
     best : mapping of name to tensor, optional
         The best weights so far.
     """
@@ -49,7 +65,7 @@ def save_state(
     for name, p in parameters.items():
         tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state.get(p, {}).items()}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    about = {"record": record, "checksum": _checksum(tensors)}
+    about = {"record": asdict(state), "checksum": _checksum(tensors)}
     path = Path(folder) / STATE_NAME
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"about": json.dumps(about)})
@@ -58,11 +74,20 @@ def save_state(
 
 
 def load_state(
-    folder: Path, parameters: Tensors, optimizer: torch.optim.Optimizer, best: Tensors | None = None
-) -> dict:
-    """Put the last save's weights, moments and best weights back in place and return its record.
+    folder: Path,
+    parameters: Tensors,
+    optimizer: torch.optim.Optimizer,
+    kind: type[AnyState],
+    best: Tensors | None = None,
+) -> AnyState:
+    """Put the last save's weights, moments and best weights back in place and return its state.
 
     If the last save is damaged or missing, the one before is used, with a warning that says so, and the damaged one deleted.
+
+    Parameters
+    ----------
+    kind : type
+        The kind of `State` that was saved.
 
     Raises
     ------
@@ -71,13 +96,13 @@ def load_state(
     """
     path, damaged = Path(folder) / STATE_NAME, False
     try:
-        tensors, record = _read(path)
+        tensors, state = _read(path, kind)
     except UserError as error:
         try:
-            tensors, record = _read(path.with_name(PREVIOUS_NAME))
+            tensors, state = _read(path.with_name(PREVIOUS_NAME), kind)
         except UserError:
             raise UserError(f"{error}; delete it and start the run again") from None
-        warnings.warn(f"{error}; going on from the save before it, step {record['step']:,}", stacklevel=2)
+        warnings.warn(f"{error}; resuming from the save before it, step {state.step:,}", stacklevel=2)
         damaged = True
     if {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")} != set(parameters):
         raise UserError(
@@ -95,7 +120,7 @@ def load_state(
             # The fused AdamW keeps its step count beside the weights, the others on the CPU.
             there = p.device if optimizer.defaults["fused"] else "cpu"
             optimizer.state[p] = {m: v.to(there if m == "step" else p.device) for m, v in moments.items()}
-    return record
+    return state
 
 
 def delete_state(folder: Path) -> None:
@@ -107,14 +132,14 @@ def delete_state(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _read(path: Path, kind: type[AnyState]) -> tuple[dict[str, torch.Tensor], AnyState]:
     try:
         with safe_open(path, framework="pt") as stream:
             about = json.loads(stream.metadata()["about"])
         tensors = load_file(path)
         if about["checksum"] != _checksum(tensors):
             raise ValueError("its checksum does not match")
-        return tensors, about["record"]
+        return tensors, kind(**about["record"])  # a field that is missing or unknown: TypeError
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a readable training state ({error})") from None
 
@@ -122,5 +147,5 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def _checksum(tensors: Tensors) -> int:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value))
     return value

@@ -1,6 +1,6 @@
-"""Pre-training of the embedded base on synthetic series: from random weights, from where a run stopped, or on from a base.
+"""Pre-training of the embedded base on synthetic series: from random weights, from where a run stopped, or from a base.
 
-The batch of every step is a function of the seed and the step alone, so a stopped run goes on exactly as if it had not
+The batch of every step is a function of the seed and the step alone, so a stopped run resumes exactly as if it had not
 been stopped. The learning rate warms up, stays, and decays linearly to zero at the end (warm-up–stable–decay, Hu et al.,
 MiniCPM, 2024).
 """
@@ -8,14 +8,14 @@ MiniCPM, 2024).
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,22 +23,22 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from ..engine.attention import attend_lean
-from ..engine.loop import Stopped, stop_on_signal
+from ..engine.loop import run_steps
 from ..engine.losses import refuse_nan
 from ..engine.resume import delete_state, has_state, load_state, save_state
 from ..files import UserError, read_json, write_json, write_text
-from ..flops.account import forward_account
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
-from ..models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
+from ..models import Base, embedded_config, embedded_tokenizer, load_base, mixed_precision
 from ..settings import PretrainSettings
 from ..text import right_pad, tokenise
 from .card import model_card
 from .families import FAMILIES
 from .muon import Muon
+from .record import PretrainState, Record, Sitting, as_sitting, check_same, finished_record
 from .synthetic import draw_texts
 
 BLOCK = 2048  # texts drawn together: the integrators work on many systems at once
@@ -53,8 +53,8 @@ def pretrain(
     stop_after: float | None = None,
     resume: bool = False,
     start: str | None = None,
-    architecture: dict | None = None,
-) -> dict:
+    architecture: dict[str, Any] | None = None,
+) -> Record:
     """Train the embedded base and write it to `output_dir` in hub format, with tokenizer, record and model card.
 
     Parameters
@@ -63,115 +63,143 @@ def pretrain(
     output_dir : Path
         Where the model goes, and ``state.safetensors`` while it is being trained.
     stop_after : float, optional
-        Minutes after which to save and stop; `resume` goes on from there.
+        Minutes after which to save and stop.
+    resume : bool
+        Resume from the last save in `output_dir`.
     start : str, optional
-        A base that was pre-trained here, to go on from its weights; give the run another seed than it had.
+        A base that was pre-trained here, to start from its weights; give the run another seed than it had.
     architecture : dict, optional
         Changes to `embedded_config`, for tests.
 
     Returns
     -------
-    dict
-        The record: settings, history, validation loss by family, tokens, FLOPs, seconds, machine; under ``before``
-        the sittings whose weights it went on from, under ``total`` the sums over all of them.
+    Record
+        Settings, history, validation loss by family, tokens, FLOPs, seconds, machine; under ``before`` the sittings
+        whose weights it started from, under ``total`` the sums over all of them.
 
     Raises
     ------
     UserError
         If the folder holds another run, there is nothing to resume, or `start` has no record of its pre-training.
+    Diverged
+        If the loss is no longer a finite number.
     Stopped
         On Ctrl-C or SIGTERM, after a save.
     """
     output_dir = Path(output_dir)
-    if resume != has_state(output_dir):
-        remedy = (
-            "nothing to resume, leave --resume out"
-            if resume
-            else "holds a run that was stopped; add --resume or delete it"
-        )
-        raise UserError(f"{output_dir}: {remedy}")
-    if not resume and (output_dir / "config.json").exists():
-        raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
+    _check_folder(output_dir, resume)
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": [], "before": []}
+    model: PreTrainedModel
+    before: list[Sitting] = []
     if start is None:
-        model = Qwen2ForCausalLM(embedded_config(**(architecture or {})))
+        model = Qwen2ForCausalLM(embedded_config(**architecture or {}))
     else:
-        model, record["before"] = _go_on(start, settings)
-    model.to(device).train()
+        model, before = _pretrained(start, settings)
+    model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides `self` from the type checker
     if device == "cuda":
         model.compile()  # inside its layers most of a GPU's time goes to reading and writing, which fused kernels save
+    state = PretrainState(settings=asdict(settings), before=before)
     parameters = dict(model.named_parameters())
     optimizer = _optimizer(settings, parameters)
     if resume:
-        asked, record = record, load_state(output_dir, parameters, optimizer)
-        if record["before"] != asked["before"]:
-            raise UserError(f"{output_dir}: started from other weights; give the same --model to resume")
-        if record["settings"] != asked["settings"]:
-            changed = [k for k, v in asked["settings"].items() if record["settings"].get(k) != v]
-            raise UserError(
-                f"{output_dir}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
-            )
-
-    started, before = time.monotonic(), record["seconds"]
-    losses = record.setdefault("losses", [])  # since the last row of the history
-    texts = _texts(settings, record["step"], device)
-    shown = dict(desc="pre-training", unit="step", mininterval=1, total=settings.max_steps, initial=record["step"])
-    with stop_on_signal() as asked_to_stop, _no_denormals(), tqdm(**shown) as bar:
-        while record["step"] < settings.max_steps:
-            step = record["step"]
-            for group in optimizer.param_groups:
-                group["lr"] = group["plateau"] * settings.schedule(step)
-            loss = _backward(model, next(texts))
-            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-            with mixed_precision(model):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            record["step"] = step + 1
-            record["seconds"] = before + time.monotonic() - started
-            speed = record["step"] * settings.batch_size * settings.max_length / record["seconds"]
-            bar.update()
-            last = record["step"] == settings.max_steps
-            out_of_time = stop_after is not None and time.monotonic() - started > 60 * stop_after
-            stop = out_of_time or asked_to_stop()
-            validate = record["step"] % settings.eval_steps == 0 or last
-            log = record["step"] % settings.log_steps == 0 or validate
-            save = record["step"] % settings.save_steps == 0 or last or stop
-            if log or save:
-                losses[:] = map(float, losses)  # not at every step: reading one waits until a GPU has come to it
-                refuse_nan(losses, step + 1)
-            if log:
-                row = {"step": step + 1, "loss": float(np.mean(losses)), "val_loss": None, "tokens_per_second": speed}
-                row["learning_rate"] = settings.learning_rate * settings.schedule(step)
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                if validate:
-                    record["loss_by_family"] = _validate(model, settings)
-                    row["val_loss"] = float(np.mean(list(record["loss_by_family"].values())))
-                    bar.write(
-                        f"step {step + 1}: training loss {row['loss']:.4f}, validation loss {row['val_loss']:.4f}"
-                    )
-                record["history"].append(row)
-                losses.clear()
-            if save:
-                save_state(output_dir, parameters, optimizer, record)
-            if stop and not last:
-                break
-    if record["step"] < settings.max_steps:
-        if not out_of_time:
-            raise Stopped(f"{output_dir}: stopped at step {record['step']:,}; --resume goes on from there")
-        return record
-    del record["losses"]  # empty by now
-    record |= _account(settings, model)
-    sittings = [*record["before"], record]
-    record["total"] = {key: sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds")}
+        asked, state = state, load_state(output_dir, parameters, optimizer, PretrainState)
+        check_same(output_dir, asked, state)
+    work = _Pretraining(model, optimizer, settings, state, output_dir)
+    with _no_denormals():
+        run_steps(work, output_dir.resolve().name, stop_after=stop_after)
+    if state.step < settings.max_steps:
+        return state.record()
+    record = finished_record(state, settings, model)
     model.eval().save_pretrained(output_dir)
     embedded_tokenizer().save_pretrained(output_dir)
     write_json(output_dir / "pretraining.json", record)
-    write_text(output_dir / "README.md", model_card(record))
+    write_text(output_dir / "README.md", model_card(dict(record)))
     delete_state(output_dir)
     return record
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if resume and not has_state(folder):
+        raise UserError(f"{folder}: nothing to resume, leave --resume out")
+    if not resume and has_state(folder):
+        raise UserError(f"{folder}: holds a run that was stopped; add --resume or delete it")
+    if not resume and (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds a model; choose another folder or delete it")
+
+
+class _Pretraining:
+    """A run as the loop sees it. Reading a loss waits until a GPU has come to it, so they are read together."""
+
+    def __init__(
+        self, model: PreTrainedModel, optimizer: Muon, settings: PretrainSettings, state: PretrainState, folder: Path
+    ) -> None:
+        self.model, self.optimizer, self.settings, self.state, self.folder = model, optimizer, settings, state, folder
+        self.max_steps, self.save_steps = settings.max_steps, settings.save_steps
+        self.parameters = dict(model.named_parameters())
+        self.texts = _texts(settings, state.step, model.device.type)
+        self.unread: list[torch.Tensor] = []
+        self.shown = ""
+        self.began = time.monotonic() - state.seconds
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, over all sittings of this run."""
+        return self.state.step * self.settings.batch_size * self.settings.max_length / self.state.seconds
+
+    def interval(self, stop: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self) -> str:
+        settings, state = self.settings, self.state
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["plateau"] * settings.schedule(state.step)
+        self.unread.append(_backward(self.model, next(self.texts)))
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
+        with mixed_precision(self.model):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.seconds = time.monotonic() - self.began
+        state.due = state.step % settings.eval_steps == 0 or state.step == settings.max_steps
+        if state.due or state.step % settings.log_steps == 0:
+            self._read_losses()
+            if not state.due:
+                self._add_row(None)
+        return self.shown
+
+    def validate(self, asked_to_stop: Callable[[], bool]) -> None:
+        self.state.loss_by_family = _validate(self.model, self.settings)
+        val_loss = float(np.mean(list(self.state.loss_by_family.values())))
+        loss = self._add_row(val_loss)
+        tqdm.write(f"step {self.state.step}: training loss {loss:.4f}, validation loss {val_loss:.4f}")
+        self.state.due = False
+
+    def save(self) -> None:
+        self._read_losses()
+        save_state(self.folder, self.parameters, self.optimizer, self.state)
+
+    def _read_losses(self) -> None:
+        self.state.losses += map(float, self.unread)
+        self.unread.clear()
+        refuse_nan(self.state.losses, self.state.step)
+
+    def _add_row(self, val_loss: float | None) -> float:
+        """Add a row to the history and return its training loss."""
+        state = self.state
+        loss = float(np.mean(state.losses))
+        state.history.append(
+            {
+                "step": state.step,
+                "loss": loss,
+                "val_loss": val_loss,
+                "tokens_per_second": self.speed,
+                "learning_rate": self.settings.learning_rate * self.settings.schedule(state.step - 1),
+            }
+        )
+        state.losses.clear()
+        self.shown = f"loss {loss:.3f}, {self.speed:,.0f} tokens/s"
+        return loss
 
 
 @contextmanager
@@ -205,20 +233,18 @@ def mixture_loss(
     return losses
 
 
-def _go_on(start: str, settings: PretrainSettings) -> tuple[Qwen2ForCausalLM, list[dict]]:
+def _pretrained(start: str, settings: PretrainSettings) -> tuple[PreTrainedModel, list[Sitting]]:
     """The weights of a base, and what every sitting before has cost, the latest last."""
     base = load_base(start, head_bias=False)
-    path = Path(base.model.name_or_path) / "pretraining.json"
+    path = Path(base.model.name_or_path or "") / "pretraining.json"
     if not path.is_file():
         raise UserError(
-            f"{start}: no pretraining.json in {path.parent}; only a base pre-trained here can be gone on from"
+            f"{start}: no pretraining.json in {path.parent}; only a base pre-trained here can be trained further"
         )
-    last = read_json(path)
+    last = cast(Record, read_json(path))
     if settings.seed in [sitting["seed"] for sitting in last["before"]] + [last["settings"]["seed"]]:
-        raise UserError(f"{start}: has seen the texts of seed {settings.seed}; go on with another --seed")
-    kept = {key: last[key] for key in ("tokens", "flops", "seconds", "machine")}
-    kept |= {"seed": last["settings"]["seed"], "val_loss": last["history"][-1]["val_loss"], "sha256": base.sha256}
-    return base.model, [*last["before"], kept]
+        raise UserError(f"{start}: has seen the texts of seed {settings.seed}; give another --seed")
+    return base.model, [*last["before"], as_sitting(last, base.sha256)]
 
 
 def _optimizer(settings: PretrainSettings, parameters: dict[str, torch.nn.Parameter]) -> Muon:
@@ -269,15 +295,19 @@ def _settle(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _ids(seed: list[int], n: int, length: int, **options) -> np.ndarray:
+def _ids(seed: list[int], n: int, length: int, family: str | None = None, precision: int | None = None) -> np.ndarray:
     """Texts as token ids, short ones padded: int16 (n, length), for they wait in memory."""
     tokenizer = embedded_tokenizer()
-    ids, _ = right_pad(tokenise(draw_texts(seed, n, length, **options), tokenizer), tokenizer.pad_token_id)
+    texts = draw_texts(seed, n, length, family=family, precision=precision)
+    ids, _ = right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
     return ids.astype(np.int16)
 
 
-def _backward(model, ids: torch.Tensor) -> torch.Tensor:
-    """The loss of a step's texts (batch, length), its gradients added up; a CPU takes a few texts at a time, that fit its caches."""
+def _backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of a step's texts (batch, length), its gradients added up.
+
+    A CPU takes a few texts at a time, which fit its caches.
+    """
     tokens, total = _scored(model, ids), torch.zeros((), device=model.device)
     for part in ids.split(len(ids) if model.device.type == "cuda" else CPU_TEXTS):
         with mixed_precision(model):
@@ -287,12 +317,12 @@ def _backward(model, ids: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _scored(model, ids: torch.Tensor) -> int:
+def _scored(model: PreTrainedModel, ids: torch.Tensor) -> int:
     """How many tokens of texts are predicted from the ones before them."""
     return int((ids[:, 1:] != model.config.pad_token_id).sum())
 
 
-def _loss(model, ids: torch.Tensor) -> torch.Tensor:
+def _loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the tokens of texts (batch, length), padding left out."""
     ids = ids.to(model.device, torch.int64)
     forward = model if model.training else model.forward  # only the shape of training is worth a compilation
@@ -304,7 +334,7 @@ def _loss(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _validate(model, settings: PretrainSettings) -> dict[str, float]:
+def _validate(model: PreTrainedModel, settings: PretrainSettings) -> dict[str, float]:
     was_training = model.training
     model.eval()
     shape = (settings.eval_texts, settings.max_length)
@@ -317,21 +347,3 @@ def _validate(model, settings: PretrainSettings) -> dict[str, float]:
 def _held_out(number: int, n: int, length: int) -> torch.Tensor:
     """Held-out texts of a family by its number: ids (n, length)."""
     return torch.from_numpy(_ids([VALIDATION_SEED, number], n, length, family=list(FAMILIES)[number], precision=2))
-
-
-def _account(settings: PretrainSettings, model) -> dict:
-    step = 3 * forward_account(model.config, settings.batch_size, settings.max_length, head_bias=False).forward
-    device = model.device.type
-    machine = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    machine += ", bfloat16" if has_bfloat16(device) else ", float32"
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    return {
-        "architecture": {name: getattr(model.config, name) for name in sizes},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": settings.max_steps * settings.batch_size * settings.max_length,
-        "flops": settings.max_steps * step,
-        "machine": machine,
-        "torch": torch.__version__,
-    }

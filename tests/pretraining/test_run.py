@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from m2helpers.engine.loop import Stopped
+from m2helpers.engine.losses import Diverged
 from m2helpers.engine.resume import has_state
 from m2helpers.files import UserError, read_json, sha256_file
 from m2helpers.flops.account import forward_account
@@ -269,9 +270,11 @@ def test_a_further_sitting_goes_on_from_the_weights(whole, tmp_path):
 
 
 def test_what_cannot_be_gone_on_from(whole, tmp_path, tiny_folder):
-    with pytest.raises(UserError, match="has seen the texts of seed 0; go on with another --seed"):
+    with pytest.raises(UserError, match="has seen the texts of seed 0; give another --seed"):
         _run(tmp_path / "run", QUICK, start=str(whole[0]))
-    with pytest.raises(UserError, match=r"no pretraining.json in .*; only a base pre-trained here"):
+    with pytest.raises(
+        UserError, match=r"no pretraining.json in .*; only a base pre-trained here can be trained further"
+    ):
         _run(tmp_path / "run", replace(QUICK, seed=1), start=str(tiny_folder))
 
 
@@ -284,7 +287,10 @@ def test_a_signal_saves_and_stops_within_one_step(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 4; --resume goes on from there"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="run: stopped at step 4 of 7; --resume goes on from there"),
+    ):
         patch.setattr(pretraining, "_loss", ask)
         _run(tmp_path / "run")
     _run(tmp_path / "run", resume=True)
@@ -317,7 +323,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
         return taken[-1] * (float("nan") if len(taken) == 4 else 1)
 
     monkeypatch.setattr(pretraining, "_backward", diverge)
-    with pytest.raises(UserError, match="step 4: the loss is no longer a number; use a smaller learning_rate"):
+    with pytest.raises(Diverged, match="step 4: the loss is no longer a number; use a smaller learning_rate"):
         _run(tmp_path)
     assert has_state(tmp_path)
 
