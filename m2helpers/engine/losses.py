@@ -13,10 +13,14 @@ from ..files import UserError
 CHUNK = 256  # positions whose logits exist at once: 256 × 151,936 in float32 are 156 MB
 
 
+class Diverged(UserError):
+    """The loss of a run is no longer a finite number; every further step would be wasted."""
+
+
 def refuse_nan(losses: Iterable[float], step: int) -> None:
-    """Refuse to go on from losses that are no numbers any more (`UserError`)."""
+    """Refuse to train on from losses that are not finite (`Diverged`)."""
     if not all(map(math.isfinite, losses)):
-        raise UserError(f"step {step}: the loss is no longer a number; use a smaller learning_rate")
+        raise Diverged(f"step {step}: the loss is no longer a number; use a smaller learning_rate")
 
 
 def head_loss(
