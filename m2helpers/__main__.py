@@ -172,8 +172,9 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     """One flag for each field of a class of settings; what is not given stays as the class or the stage has it."""
     for name, kind in get_type_hints(settings).items():
         flag = "--" + name.replace("_", "-")
-        if kind in (int, float):
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper())
+        if kind in (bool, int, float):
+            number = float if kind is float else int  # a switch is 0 or 1
+            parser.add_argument(flag, type=number, metavar=number.__name__.upper())
         else:
             parser.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="NAME,NAME")
 

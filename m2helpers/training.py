@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from .flops.costs import BatchCost, Cost, batch_costs
 from .ledger import Ledger, Spender, default_ledger, spender_of
 from .lora import apply_lora, trainable_parameters
 from .models import Base, mixed_precision
-from .runs import check_folder, describe, finish
+from .runs import check_folder, describe, finish, one_writer
 from .settings import STAGES, TrainSettings
 from .text import Codec, fit_scale, numeric_tokens, right_pad, tokenise, windows
 
@@ -47,6 +46,7 @@ class TrainResult(NamedTuple):
     """One row a validation: step, loss, val_loss, learning_rate, tokens_per_second, flops."""
 
 
+@one_writer
 def train_lora(
     base: Base,
     dataset: Dataset,
@@ -110,7 +110,7 @@ def train_lora(
     ledger = ledger or default_ledger(base)
     started, tokens = time.monotonic(), 0
     shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
-    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
+    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, config["settings"]) as log:
         while not work.finished:
             first = record["step"]
             stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)

@@ -34,7 +34,8 @@ from ..flops.account import forward_account
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
-from ..settings import PretrainSettings
+from ..runs import one_writer
+from ..settings import PretrainSettings, changes
 from ..text import right_pad, tokenise
 from .card import model_card
 from .families import FAMILIES
@@ -46,6 +47,7 @@ CPU_TEXTS = 8  # of a step that a CPU works on at once: with 64, it took four ti
 VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
 
 
+@one_writer
 def pretrain(
     settings: PretrainSettings,
     output_dir: Path,
@@ -109,10 +111,8 @@ def pretrain(
         if record["before"] != asked["before"]:
             raise UserError(f"{output_dir}: started from other weights; give the same --model to resume")
         if record["settings"] != asked["settings"]:
-            changed = [k for k, v in asked["settings"].items() if record["settings"].get(k) != v]
-            raise UserError(
-                f"{output_dir}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
-            )
+            changed = changes(record["settings"], asked["settings"])
+            raise UserError(f"{output_dir}: was started with other settings ({changed}); give the same ones to resume")
 
     started, before = time.monotonic(), record["seconds"]
     losses = record.setdefault("losses", [])  # since the last row of the history
