@@ -6,14 +6,21 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec, TypedDict, TypeVar, cast
 
 import pandas as pd
 import torch
 import transformers
+from filelock import SoftFileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,8 +29,36 @@ from .engine.resume import delete_state, has_state
 from .files import UserError, read_json, sha256_json, write_text
 from .lora import load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
-from .settings import EMBEDDED, TrainSettings
+from .settings import EMBEDDED, Recorded, Setting, TrainSettings, canonical, changes
 from .text import Codec, numeric_tokens
+
+CONFIG_NAME = "config.json"
+HISTORY_NAME = "history.csv"
+Arguments = ParamSpec("Arguments")
+Outcome = TypeVar("Outcome")
+LOCK_NAME = ".writer.part"  # deleted with what is half-written (`delete_state`), so that no finished run keeps it
+
+
+class RunConfig(TypedDict):
+    """What ``config.json`` holds."""
+
+    settings: dict[str, Setting]
+    """As `settings.canonical` gives them."""
+    data_sha256: str
+    base_sha256: str
+    settings_sha256: str
+    """Over the three before: tells two runs apart."""
+    stage: str
+    """Part of the plan that the run belongs to."""
+    base: str
+    """``embedded``, a hub name, or the whole path of a folder."""
+    data: str
+    """Name of the data's file."""
+    scale: float
+    codec: dict[str, Any]
+    """The fields of a `Codec`."""
+    versions: dict[str, str]
+    """Of Python, torch and transformers."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +69,13 @@ class Run:
     """The base with the run's updates merged."""
     codec: Codec
     settings: TrainSettings
-    config: dict
+    config: RunConfig
     """All of ``config.json``."""
 
     @property
     def constrained(self) -> bool:
         """Whether its forecasts have to be constrained: a numeric head never learned to leave other characters alone."""
-        return bool(self.settings.numeric_head)
+        return self.settings.numeric_head
 
 
 def load_run(folder: Path, *, merged: bool = True) -> Run:
@@ -58,12 +93,12 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
         If the folder is not a finished run, or its base has changed since.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "settings_sha256" not in config:  # a base has a config.json as well
+    config = read_config(folder)
+    if config is None:
         raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
     if has_state(folder):
         raise UserError(f"{folder}: this run is not finished; go on with the command that began it, and --resume")
-    if not (folder / "history.csv").exists():
+    if not (folder / HISTORY_NAME).exists():
         raise UserError(f"{folder}: this run was stopped before its first save; train it again")
     base = load_base(config["base"])
     load_adapter(base.model, folder, base.sha256)
@@ -71,27 +106,35 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
         merge(base.model)
     base.model.eval()
     base = replace(base, run=folder.resolve().name, stage=config["stage"], settings_sha256=config["settings_sha256"])
-    return Run(base, Codec(**config["codec"]), _settings_from(config), config)
+    return Run(base, Codec(**config["codec"]), settings_of(config), config)
 
 
-def _settings_from(config: dict) -> TrainSettings:
+def read_config(folder: Path) -> RunConfig | None:
+    """What a run folder's ``config.json`` holds; None if there is none, or it is a model's."""
+    path = Path(folder) / CONFIG_NAME
+    config = read_json(path) if path.is_file() else None
+    return cast(RunConfig, config) if isinstance(config, dict) and "settings_sha256" in config else None
+
+
+def settings_of(config: RunConfig) -> TrainSettings:
+    """The settings a run was made with; those that this version does not know are left out."""
     known = {f.name for f in fields(TrainSettings)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config["settings"].items() if k in known}
-    return TrainSettings(**values)
+    values: dict[str, Any] = {name: value for name, value in config["settings"].items() if name in known}
+    return TrainSettings(**values)  # which checks their types
 
 
 def settings_sha256(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> str:
     """The hash that tells two runs apart: of settings, data and base; no paths, devices or versions."""
-    return sha256_json(_identity(settings, dataset, base_sha256))
+    identity = {"settings": canonical(settings), "data_sha256": dataset.sha256, "base_sha256": base_sha256}
+    return sha256_json(identity)
 
 
-def _identity(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> dict:
-    return {"settings": asdict(settings), "data_sha256": dataset.sha256, "base_sha256": base_sha256}
-
-
-def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str) -> dict:
-    """What ``config.json`` holds."""
-    return _identity(settings, dataset, base.sha256) | {
+def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str) -> RunConfig:
+    """What ``config.json`` will hold."""
+    return {
+        "settings": canonical(settings),
+        "data_sha256": dataset.sha256,
+        "base_sha256": base.sha256,
         "settings_sha256": settings_sha256(settings, dataset, base.sha256),
         "stage": stage,
         "base": str(Path(base.name).resolve()) if base.name != EMBEDDED and Path(base.name).is_dir() else base.name,
@@ -106,40 +149,107 @@ def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec
     }
 
 
-def check_folder(folder: Path | None, config: dict, resume: bool) -> None:
-    """Refuse a folder that a run would overwrite, or that holds nothing this run could go on from (`UserError`)."""
+@contextmanager
+def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
+    """Hold a folder for the one run that writes into it; None is no folder, and nothing is held.
+
+    The folder is made when it does not exist, and deleted again if nothing was written into it.
+
+    Raises
+    ------
+    UserError
+        If another run holds it. The lock of a process that is dead holds nothing.
+    """
+    if folder is None:
+        yield
+        return
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder)
+        try:
+            yield
+        finally:
+            lock.release()
+    finally:
+        with suppress(OSError):  # not empty
+            for path in missing:
+                path.rmdir()
+
+
+def one_writer(run: Callable[Arguments, Outcome]) -> Callable[Arguments, Outcome]:
+    """Let a function that fills the folder `output_dir` do so as its `sole_writer`."""
+    signature = inspect.signature(run)
+
+    @wraps(run)
+    def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Outcome:
+        with sole_writer(signature.bind(*args, **options).arguments.get("output_dir")):
+            return run(*args, **options)
+
+    return alone
+
+
+def _lock(folder: Path) -> SoftFileLock:
+    lock = SoftFileLock(folder / LOCK_NAME, timeout=0)  # a file that names its owner: it needs no locks of the system
+    try:
+        lock.acquire()
+    except Timeout as error:
+        whose = f"process {lock.pid}; wait, stop it, or choose another folder"
+        if owner := str(error).partition(" is held by ")[2]:  # of another host or container: it may be dead
+            whose = f"another process ({owner.rstrip('.')}); wait, or delete {lock.lock_file} if it is gone"
+        raise UserError(f"{folder}: run is being written by {whose}") from None
+    return lock
+
+
+def check_folder(folder: Path | None, config: RunConfig, resume: bool) -> None:
+    """Refuse a folder that a run would overwrite, or that holds nothing this run could resume (`UserError`)."""
     if folder is None:
         if resume:
-            raise UserError("resume needs the output_dir of the run to go on with")
+            raise UserError("resume needs the output_dir of the run to resume")
         return
     if resume:
         if not has_state(folder):
             raise UserError(f"{folder}: nothing to resume (no saved state); leave --resume out to start the run")
-        before = read_json(folder / "config.json")
+        before = read_config(folder)
+        if before is None:
+            raise UserError(f"{folder}: its {CONFIG_NAME} is missing or not a run's; restore it, or delete the folder")
         if before["settings_sha256"] != config["settings_sha256"]:
-            raise UserError(f"{folder}: was started with other settings, data or base; give the same ones to resume")
+            changed = _all_changes(before, config)
+            raise UserError(f"{folder}: was started with other settings ({changed}); give the same ones to resume")
     elif has_state(folder):
         raise UserError(f"{folder}: holds a run that was stopped; add --resume to go on with it, or delete it")
-    elif (folder / "history.csv").exists():  # without it, the run was stopped before its first save: nothing is lost
+    elif (folder / HISTORY_NAME).exists():  # without it, the run was stopped before its first save: nothing is lost
         raise UserError(f"{folder}: holds a finished run; choose another folder or delete it")
-    elif (folder / "config.json").exists() and "settings_sha256" not in read_json(folder / "config.json"):
+    elif (folder / CONFIG_NAME).exists() and read_config(folder) is None:
         raise UserError(f"{folder}: holds a model; choose another folder")
+
+
+def _all_changes(before: RunConfig, after: RunConfig) -> str:
+    """What differs between two runs: settings, data, base."""
+    then: dict[str, Recorded] = {**before["settings"]}
+    now: dict[str, Recorded] = {**after["settings"]}
+    if before["data_sha256"] != after["data_sha256"]:
+        then["data"], now["data"] = (f"{config['data']} ({config['data_sha256'][:12]}…)" for config in (before, after))
+    if before["base_sha256"] != after["base_sha256"]:
+        then["base"], now["base"] = (f"{config['base']} ({config['base_sha256'][:12]}…)" for config in (before, after))
+    return changes(then, now)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds a run that is done. One killed while it wrote its last files still has its state."""
-    return (Path(folder) / "history.csv").exists() and not has_state(folder)
+    return (Path(folder) / HISTORY_NAME).exists() and not has_state(folder)
 
 
-def finish(folder: Path, history: pd.DataFrame, config: dict, settings: TrainSettings, base: Base) -> None:
+def finish(folder: Path, history: pd.DataFrame, config: RunConfig, settings: TrainSettings, base: Base) -> None:
     """Write a run's adapter, history and model card, and delete the state it would have resumed from."""
     save_adapter(base.model, folder, settings, config["base"], base.sha256)
-    write_text(folder / "history.csv", history.to_csv(index=False))
+    write_text(folder / HISTORY_NAME, history.to_csv(index=False))
     write_text(folder / "README.md", _model_card(folder.name, history, config, parameter_report(base.model)))
     delete_state(folder)
 
 
-def _model_card(name: str, history: pd.DataFrame, config: dict, counts: dict[str, int]) -> str:
+def _model_card(name: str, history: pd.DataFrame, config: RunConfig, counts: dict[str, int]) -> str:
     settings, best = config["settings"], history.loc[history["val_loss"].idxmin()]
     rows = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items())
     return f"""---

@@ -1,13 +1,27 @@
-"""Settings of pre-training and fine-tuning: every default, written once. No torch."""
+"""Settings of pre-training and fine-tuning: every default, written once. No torch.
+
+The types of the fields are what is checked, and the string below a field is the help of its flag.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, TypeAlias, get_type_hints
 
 from .files import UserError
 from .flops.costs import Adaptation
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Setting: TypeAlias = bool | int | float | tuple[str, ...]
+Recorded: TypeAlias = Setting | str | list[str]  # as JSON gives it back
 
 EMBEDDED = "embedded"
 """Name of the base that this project ships."""
@@ -18,16 +32,61 @@ def default_model() -> str:
     return os.environ.get("M2_MODEL") or EMBEDDED
 
 
-def check_least(settings: object, least: dict[str, int]) -> None:
+def check_least(settings: DataclassInstance, least: Mapping[str, int]) -> None:
     """Refuse settings below their least values, and what is no number (`UserError`)."""
     for name, value in least.items():
         if not getattr(settings, name) >= value:
             raise UserError(f"{name} {getattr(settings, name)}: must be at least {value}")
 
 
-def _check_max_grad_norm(settings: object) -> None:
-    if not settings.max_grad_norm > 0:  # 0 would not mean "no clipping" but no gradient
-        raise UserError(f"max_grad_norm {settings.max_grad_norm}: give a number above 0, such as 1")
+def canonical(settings: DataclassInstance) -> dict[str, Setting]:
+    """Settings by name as they are hashed and recorded: switches as 0 and 1."""
+    return {name: int(value) if isinstance(value, bool) else value for name, value in asdict(settings).items()}
+
+
+def changes(before: Mapping[str, Recorded], after: Mapping[str, Recorded]) -> str:
+    """What differs between two records of settings, such as ``seed 0 then, 7 now``; empty when nothing does."""
+    names = [name for name in {**before, **after} if json.dumps(before.get(name)) != json.dumps(after.get(name))]
+    return "; ".join(f"{name} {_told(before.get(name))} then, {_told(after.get(name))} now" for name in names)
+
+
+def _told(value: Recorded | None) -> str:
+    """A recorded value in words; the record of another version may lack it."""
+    if isinstance(value, list | tuple):
+        return ",".join(value)
+    return "not set" if value is None else str(value)
+
+
+@cache
+def _kinds(settings: type[DataclassInstance]) -> dict[str, type]:
+    """The types of a class's fields, by name."""
+    return get_type_hints(settings)
+
+
+def _convert(settings: DataclassInstance) -> None:
+    """Give every field the type it is declared with (`UserError` where that cannot be): 16 and 16.0 are one setting."""
+    for name, kind in _kinds(type(settings)).items():
+        object.__setattr__(settings, name, _as(kind, name, getattr(settings, name)))
+
+
+def _as(kind: type, name: str, value: object) -> Setting:
+    """A value as a field's type; what a user gave may be anything."""
+    number = not isinstance(value, bool)
+    if kind is bool and value in (0, 1):
+        return bool(value)
+    if kind is int and number and isinstance(value, Integral):
+        return int(value)
+    if kind is float and number and isinstance(value, Real):
+        return float(value)
+    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}.get(kind, "a list of names")
+    raise UserError(f"{name} {value!r}: give {wanted}")
+
+
+def _check_max_grad_norm(value: float) -> None:
+    if not 0 < value < math.inf:  # 0 would not mean "no clipping" but no gradient
+        raise UserError(f"max_grad_norm {value}: give a number above 0, such as 1")
 
 
 @dataclass(frozen=True)
@@ -35,38 +94,39 @@ class PretrainSettings:
     """What fixes a pre-training run. With the same settings on the same machine the weights are the same."""
 
     tokens: int = 8_500_000
-    """Length of the schedule: tokens seen in all."""
+    """Tokens to train on in all; they fix the length of the learning-rate schedule."""
     batch_size: int = 8
-    """Texts a step. A GPU wants 64 and more, and then a higher `learning_rate`."""
+    """Texts per optimizer step. A GPU is best used with 64 or more, and those want a higher learning rate."""
     max_length: int = 1024
-    """Tokens a text."""
+    """Longest text, in tokens."""
     learning_rate: float = 2.5e-3
-    """Muon's, for the matrices of the layers, at the plateau."""
+    """Peak learning rate of Muon, which trains the weight matrices of the layers."""
     adamw_learning_rate: float = 1e-3
-    """AdamW's, for the embedding, norms and biases, at the plateau."""
+    """Peak learning rate of AdamW, which trains the embedding, the norms and the biases."""
     warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps over which the learning rate rises from zero to its peak."""
     decay_fraction: float = 0.7
-    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    """Share of the steps, at the end of the run, over which the learning rate falls to zero."""
     weight_decay: float = 0.05
-    """On the matrices of the layers, not on the embedding, norms and biases."""
+    """Weight decay of the layers' weight matrices; embedding, norms and biases have none."""
     max_grad_norm: float = 1.0
-    """Gradient clipping."""
+    """Norm to which a larger gradient is clipped."""
     log_steps: int = 25
-    """Steps between rows of the history."""
+    """Steps between rows of the history of losses."""
     eval_steps: int = 500
-    """Steps between validations; a multiple of `log_steps`."""
+    """Steps between validations; give a multiple of log_steps."""
     eval_texts: int = 8
-    """Texts of each family that a validation reads, the same ones every time."""
+    """Texts of each family of series in a validation, the same ones every time."""
     save_steps: int = 100
-    """Steps between saves."""
+    """Steps between saves, from which a stopped run resumes."""
     seed: int = 0
-    """Of the weights and of the stream of texts."""
+    """Seed of the initial weights and of the stream of texts."""
 
-    def __post_init__(self):
-        least = {f.name: 0 if f.type == "float" or f.name == "seed" else 1 for f in fields(self)}
-        check_least(self, least | dict(max_length=2))
-        _check_max_grad_norm(self)
+    def __post_init__(self) -> None:
+        _convert(self)
+        least = {name: int(kind is int) for name, kind in _kinds(PretrainSettings).items()}
+        check_least(self, least | dict(max_length=2, seed=0))
+        _check_max_grad_norm(self.max_grad_norm)
 
     @property
     def max_steps(self) -> int:
@@ -85,13 +145,18 @@ class LoraSettings:
     """What is adapted, and how much."""
 
     lora_r: int = 8
-    """Rank of the update; 0 trains the head bias alone."""
+    """Rank of the LoRA updates; 0 trains the bias of the LM head alone."""
     lora_alpha: float = 16.0
-    """The update is scaled by alpha / r."""
+    """Scale of the LoRA updates: each is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.05
-    """Dropout on the input of A while training."""
+    """Dropout on the input of every LoRA update, in training only: a share from 0 up to 1."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that get an update, in every block."""
+    """Names of the linear layers that get an update, in every block of the model."""
+
+    def __post_init__(self) -> None:
+        _convert(self)
+        if not math.isfinite(self.lora_alpha):
+            raise UserError(f"lora_alpha {self.lora_alpha}: give a finite number, such as 16")
 
 
 @dataclass(frozen=True)
@@ -99,57 +164,52 @@ class TrainSettings(LoraSettings):
     """What fixes a fine-tuning run, together with the data and the base."""
 
     learning_rate: float = 2e-3
-    """AdamW's, at the end of the warm-up. The published Qwen runs used 1e-4 and below; a small base wants more."""
+    """Peak learning rate of AdamW. The published Qwen runs used 1e-4 and below; a small base wants more."""
     batch_size: int = 4
-    """Windows a step."""
+    """Windows of text per optimizer step."""
     max_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps in all."""
     max_length: int = 512
-    """Tokens of the longest window."""
+    """Longest window of text, in tokens."""
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises; then it falls to zero along a cosine."""
+    """Share of the steps over which the learning rate rises to its peak; from there it falls to zero along a cosine."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW; 0: none."""
     max_grad_norm: float = 1.0
-    """Gradient clipping."""
+    """Norm to which a larger gradient is clipped."""
     eval_steps: int = 100
-    """Steps between validations; the best weights by validation loss are the ones kept."""
+    """Steps between validations; the weights with the lowest validation loss are the ones kept."""
     eval_windows: int = 32
-    """Validation windows, the same ones every time."""
+    """Windows of text in a validation, the same ones every time."""
     save_steps: int = 100
-    """Steps between saves that a stopped run goes on from."""
+    """Steps between saves, from which a stopped run resumes."""
     seed: int = 0
-    """Of the LoRA matrices, the order of windows and dropout."""
+    """Seed of the LoRA matrices, the order of the windows and dropout."""
     precision: int = 2
-    """Decimals of the text."""
+    """Decimals of a number in the text."""
     rescale: float = 0.0
-    """Each time a training series is read, its values are multiplied by e^U(−rescale, rescale)."""
-    random_start: int = 0
-    """1: half the training windows begin where their series does, half anywhere in it; 0: at multiples of `max_length`."""
+    """Multiply a training series, each time it is read, by e^u with u drawn evenly from ±rescale; 0: never."""
+    random_start: bool = False
+    """1: half the training windows begin where their series does, half anywhere in it; 0: at multiples of max_length."""
     average: float = 0.0
-    """Decay, a step, of a running average of the weights, which is validated and kept in their place; 0: none."""
-    numeric_head: int = 0
-    """1: only the characters of numeric text are scored, in training and validation; 0: the whole vocabulary."""
-    gradient_checkpointing: int = 0
-    """1: activations inside the layers are computed again for the backward pass, not kept: less memory, more time."""
+    """Decay per step of a running average of the weights, which is validated and kept instead of them; 0: no average."""
+    numeric_head: bool = False
+    """1: training and validation score only the characters of numeric text; 0: they score the whole vocabulary."""
+    gradient_checkpointing: bool = False
+    """1: compute the activations inside the layers again for the backward pass, which saves memory and costs time; 0: keep them."""
 
-    def __post_init__(self):
-        for setting in fields(self):
-            if setting.type == "float":  # 16 and 16.0 are one setting, and have one hash
-                object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
+    def __post_init__(self) -> None:
+        super().__post_init__()
         least = dict(batch_size=1, max_steps=1, max_length=2, eval_steps=1, eval_windows=1, save_steps=1, seed=0)
-        check_least(self, least)
+        check_least(self, least | dict(lora_r=0, precision=0))
         if not 0 <= self.rescale <= 2:
             raise UserError(f"rescale {self.rescale}: give a number from 0 to 2, such as 0.7")
-        for name in ("random_start", "numeric_head", "gradient_checkpointing"):
-            if getattr(self, name) not in (0, 1):
-                raise UserError(f"{name} {getattr(self, name)}: give 0 or 1")
         for name in ("warmup_ratio", "lora_dropout", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give a share from 0 up to 1, such as 0.05")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay {self.weight_decay}: give 0 or more, such as 0.01")
-        _check_max_grad_norm(self)
+        _check_max_grad_norm(self.max_grad_norm)
         if not 0 < self.learning_rate < 1:
             raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
 
@@ -159,7 +219,7 @@ class TrainSettings(LoraSettings):
         from .text import Codec  # needs numpy, which the command line's help does without
 
         vocabulary = len(Codec(1.0).alphabet) if self.numeric_head else None
-        return Adaptation(self.lora_r, self.target_modules, vocabulary, bool(self.gradient_checkpointing))
+        return Adaptation(self.lora_r, self.target_modules, vocabulary, self.gradient_checkpointing)
 
     def validates(self, step: int) -> bool:
         """Whether the validation loss is measured after so many steps."""
@@ -192,6 +252,6 @@ STAGES = {
         max_length=1024,
         max_steps=1400,
         rescale=0.2,
-        random_start=1,
+        random_start=True,
     ),
 }

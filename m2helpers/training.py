@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -32,7 +32,7 @@ from .flops.costs import BatchCost, Cost, batch_costs
 from .ledger import Bill, Ledger, Spender, default_ledger, spender_of
 from .lora import apply_lora, trainable_parameters
 from .models import Base, mixed_precision
-from .runs import check_folder, describe, finish
+from .runs import check_folder, describe, finish, one_writer
 from .settings import STAGES, TrainSettings
 from .text import Codec, fit_scale, numeric_tokens, right_pad
 
@@ -71,6 +71,7 @@ class TrainResult(NamedTuple):
     """One row a validation: step, loss, val_loss, learning_rate, tokens_per_second, flops."""
 
 
+@one_writer
 def train_lora(
     base: Base,
     dataset: Dataset,
@@ -133,7 +134,7 @@ def train_lora(
         write_json(folder / "config.json", config)
 
     spender, ledger = Spender(name, stage, config["settings_sha256"]), ledger or default_ledger(base)
-    with tracked(track, folder or Path(), asdict(settings)) as log:
+    with tracked(track, folder or Path(), config["settings"]) as log:
         charged = _Charged(work, ledger, spender, folder, log)
         run_steps(charged, name, progress=progress, resumable=folder is not None)
     for key, p in work.parameters.items():

@@ -516,7 +516,7 @@ def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_pa
 
 def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, stop_after_a_save):
     stop_after_a_save(tmp_path)
-    with pytest.raises(UserError, match="was started with other settings, data or base; give the same ones"):
+    with pytest.raises(UserError, match=r"other settings \(learning_rate 0.01 then, 0.003 now\); give the same ones"):
         train(replace(QUICK, learning_rate=3e-3), tmp_path, resume=True)
     with pytest.raises(UserError, match="holds a run that was stopped; add --resume"):
         train(QUICK, tmp_path)

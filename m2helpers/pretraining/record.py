@@ -14,7 +14,7 @@ from ..engine.resume import State
 from ..files import UserError
 from ..flops.account import forward_account
 from ..models import has_bfloat16
-from ..settings import PretrainSettings
+from ..settings import PretrainSettings, changes
 
 
 class PretrainRow(TypedDict):
@@ -96,10 +96,8 @@ def check_same(folder: Path, asked: PretrainState, found: PretrainState) -> None
     if found.before != asked.before:
         raise UserError(f"{folder}: started from other weights; give the same --model to resume")
     if found.settings != asked.settings:
-        changed = [name for name, value in asked.settings.items() if found.settings.get(name) != value]
-        raise UserError(
-            f"{folder}: was started with other settings ({', '.join(changed)}); give the same ones to resume"
-        )
+        changed = changes(found.settings, asked.settings)
+        raise UserError(f"{folder}: was started with other settings ({changed}); give the same ones to resume")
 
 
 def finished_record(state: PretrainState, settings: PretrainSettings, model: PreTrainedModel) -> Record:

@@ -33,6 +33,7 @@ from ..files import UserError, read_json, write_json, write_text
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base, embedded_config, embedded_tokenizer, load_base, mixed_precision
+from ..runs import one_writer
 from ..settings import PretrainSettings
 from ..text import right_pad, tokenise
 from .card import model_card
@@ -46,6 +47,7 @@ CPU_TEXTS = 8  # of a step that a CPU works on at once: with 64, it took four ti
 VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
 
 
+@one_writer
 def pretrain(
     settings: PretrainSettings,
     output_dir: Path,
