@@ -155,7 +155,7 @@ def campaign(
     writes, draw = int((folder / "run.writes").read_text()), random.Random(seed)
     hit = {"writes": writes, "boundaries": 0, "random": 0}
     plans = [("boundaries", dict(kill_at=n)) for n in range(1, writes + 1, every)]
-    plans += [("random", dict(kill_after=draw.random() * seconds)) for _ in range(kills)]
+    plans += [("random", dict(kill_after=0.7 * draw.random() * seconds)) for _ in range(kills)]
     for number, (how, plan) in enumerate(plans, 1):
         place = folder / str(number) / "run"  # the name of the folder is part of the model card
         code = run(kind, folder, place, **plan)
