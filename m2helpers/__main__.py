@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         target.add_argument("--model", default=default, metavar="NAME_OR_DIR", help=about)
         if with_run:
             target.add_argument("--run", type=Path, metavar="DIR", help="a finished run's folder")
+            added.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA that peft trained on --model")
 
     added = command("simulate", commands.simulate, "write a dataset of simulated predator–prey systems")
     added.add_argument("--out", type=Path, required=True, metavar="FILE")

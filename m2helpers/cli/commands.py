@@ -94,8 +94,12 @@ def experiments(options) -> None:
 def _load(options):
     """The model a command was given (a run, or a base untrained), the run (None for a base), and whether to constrain it."""
     from ..models import load_base
-    from ..runs import load_run
+    from ..runs import load_adapted, load_run
 
+    if options.adapter:
+        if options.run:
+            raise UserError("--adapter goes with --model; a run has an adapter of its own")
+        return load_adapted(options.model, options.adapter), None, options.constrained
     if options.run:
         run = load_run(options.run)
         return run.base, run, options.constrained or run.constrained
@@ -115,8 +119,9 @@ def evaluate(options) -> None:
     contexts = [options.context] if options.context else P5_CONTEXTS
     protocols = PROTOCOLS if options.protocol == "all" else [options.protocol]
     ours = []
-    rows = {str(options.run) if options.run else base.name: ours}
-    about = dict(run=options.run and str(options.run), seed=run and run.settings.seed, constrained=constrained)
+    trained = options.run or options.adapter
+    rows = {str(trained) if trained else base.name: ours}
+    about = dict(run=trained and str(trained), seed=run and run.settings.seed, constrained=constrained)
     where = dict(split=options.split, contexts=contexts)
     for protocol in protocols:
         ours.extend(evaluate(base, codec, dataset, protocol, **where, **about))

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..files import UserError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".msgpack", ".onnx")
 _QUANTISED = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # beside the weights, as older tools write it
 
@@ -36,12 +37,24 @@ def check_kind(name: str, folder: Path) -> None:
         raise UserError(
             f"{name}: holds a peft adapter, not a base; give 'forecast' or 'evaluate' --model BASE --adapter {name}"
         )
-    for path in sorted(folder.iterdir()):
-        if _is_lfs_pointer(path):
-            raise UserError(
-                f"{name}: {path.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder, "
-                "or fetch the model with 'hf download'"
-            )
+    _check_lfs(name, folder)
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder that is not an adapter's as `peft` saves it (`UserError`)."""
+    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if "settings_sha256" in _read_mapping(folder / "config.json"):
+        raise UserError(f"{folder}: holds a run, with its base and scale; give --run {folder} alone")
+    if not config.is_file():
+        raise UserError(
+            f"{folder}: no adapter ({ADAPTER_CONFIG}) there; give the folder that peft's save_pretrained wrote"
+        )
+    _check_lfs(str(folder), folder)
+    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder}: adapter_model.bin is pickled, and can run code when it is read; "
+            "load it with peft where you trust it, and save it as safetensors"
+        )
 
 
 def check_weights(name: str, folder: Path, weights: list[Path]) -> None:
@@ -144,11 +157,15 @@ def _quantisation(folder: Path) -> str | None:
     return next((method for file, method in _QUANTISED.items() if (folder / file).is_file()), None)
 
 
-def _is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the few lines that Git keeps in place of a large one."""
-    if not path.is_file() or path.stat().st_size > 1024:
-        return False
-    return path.read_bytes().startswith(b"version https://git-lfs")
+def _check_lfs(name: str, folder: Path) -> None:
+    """Refuse a folder where Git still keeps a few lines in place of a large file."""
+    for path in sorted(folder.iterdir()):
+        small = path.is_file() and path.stat().st_size < 1024
+        if small and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{name}: {path.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder, "
+                "or fetch it with 'hf download'"
+            )
 
 
 def _read_mapping(path: Path) -> dict[str, object]:
