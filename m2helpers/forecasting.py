@@ -223,9 +223,20 @@ def _read(
 
 
 def _choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> torch.Tensor:
-    """(batch, vocab) → (batch,)."""
+    """(batch, vocab) → (batch,).
+
+    Raises
+    ------
+    UserError
+        If a row's largest logit is NaN or infinite. A grammar's minus infinity elsewhere is as it should be.
+    """
+    likeliest = logits.argmax(-1)  # NaN counts as the largest
+    if not logits.gather(-1, likeliest[:, None]).isfinite().all():
+        raise UserError(
+            "the model's output is not a number: its weights are damaged or overflow; fetch or copy the model again"
+        )
     if temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=draws).flatten()
 
 

@@ -9,21 +9,35 @@ Adapters are kept in the layout of the `peft` package, the head bias among them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .files import UserError, atomic_path, read_json, write_json
 from .settings import LoraSettings
 
 PREFIX = "base_model.model."
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 HEAD_BIAS = "lm_head.bias"
+
+# peft's config says how an update works, in options that grow with every version. Plain LoRA is the first four; the
+# others here do not change how a trained update is applied (some have a switch of their own); an unknown one may.
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+_WITHOUT_EFFECT = set(
+    "auto_mapping base_model_name_or_path eva_config inference_mode megatron_core peft_version qalora_group_size revision "
+    "task_type".split()
+)
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),  # these leave the base's own weights alone
+}
 
 
 class CheapDropout(nn.Dropout):
@@ -94,7 +108,7 @@ class LoraLinear(nn.Module):
             self.base.weight.data, self._unmerged = self._unmerged, None
 
 
-def apply_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+def apply_lora(model: PreTrainedModel, settings: LoraSettings) -> PreTrainedModel:
     """Freeze a model, give its target layers LoRA updates, and leave the head bias trainable; return the same model.
 
     Raises
@@ -108,17 +122,10 @@ def apply_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         raise UserError("the model has LoRA updates already: load the base again")
     model.requires_grad_(False)
     if settings.lora_r:
+        _check_targets(model, settings.target_modules)
         found = {
             name: module for name, module in model.named_modules() if name.rpartition(".")[2] in settings.target_modules
         }
-        linear = sorted(
-            {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-        )
-        for target in settings.target_modules:
-            if target not in linear:
-                raise UserError(
-                    f"target_modules {target!r}: the model has no such linear layer; choose from {', '.join(linear)}"
-                )
         for name, module in found.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoraLinear(module, settings))
@@ -126,6 +133,19 @@ def apply_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     if head.bias is not None:
         head.bias.requires_grad_(True)
     return model
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse a target that names none of the linear layers in a model's blocks."""
+    named = {name.rpartition(".")[2]: module for name, module in model.named_modules() if name != "lm_head"}
+    linear = sorted(name for name, module in named.items() if isinstance(module, nn.Linear))
+    for target in targets:
+        if target not in linear:
+            it_is = f" (it is a {type(named[target]).__name__})" if target in named else ""
+            choice = f"choose from {', '.join(linear)}" if linear else "choose a base that has some, such as Qwen2.5"
+            if not linear and "Conv1D" in {type(module).__name__ for module in named.values()}:
+                it_is = ", only Conv1D"  # GPT-2's, whose weights lie the other way round
+            raise UserError(f"target_modules {target!r}: the model has no such linear layer{it_is}; {choice}")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -168,7 +188,7 @@ def save_adapter(model: nn.Module, folder: Path, settings: LoraSettings, base_na
     The saved keys are exactly the LoRA matrices and the head bias. The base's hash is in the file's metadata.
     """
     tensors = {PREFIX + name: p.detach().contiguous().cpu() for name, p in trainable_parameters(model).items()}
-    with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:
+    with atomic_path(Path(folder) / ADAPTER_WEIGHTS) as temporary:
         # One entry only: safetensors writes several in an order that changes, and the same run would give other bytes.
         save_file(tensors, temporary, metadata={"base_sha256": base_sha256})
     config = {
@@ -183,15 +203,15 @@ def save_adapter(model: nn.Module, folder: Path, settings: LoraSettings, base_na
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_json(Path(folder) / CONFIG_NAME, config)
+    write_json(Path(folder) / ADAPTER_CONFIG, config)
 
 
-def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None) -> LoraSettings:
+def load_adapter(model: PreTrainedModel, folder: Path, base_sha256: str | None = None) -> LoraSettings:
     """Adapt a model as a saved adapter says and load its weights; return its settings.
 
     Parameters
     ----------
-    model : nn.Module
+    model : PreTrainedModel
         A base with head bias, as `models.load_base` gives it.
     folder : Path
         Holds the adapter's two files, written by `save_adapter` or by `peft`.
@@ -201,34 +221,59 @@ def load_adapter(model: nn.Module, folder: Path, base_sha256: str | None = None)
     Raises
     ------
     UserError
-        If a file is missing or damaged, the adapter belongs to another base, or its keys or shapes do not fit.
+        If a file is missing or damaged, its update is not plain LoRA, the adapter belongs to another base, or its keys or
+        shapes do not fit.
     """
     folder = Path(folder)
-    config, path = read_json(folder / CONFIG_NAME), folder / WEIGHTS_NAME
-    try:
-        settings = LoraSettings(
-            config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"]))
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / CONFIG_NAME}: not a LoRA adapter's settings ({error}); train or copy the run again"
-        ) from None
-    if isinstance(targets := config["target_modules"], str):
-        raise UserError(f"{folder / CONFIG_NAME}: target_modules {targets!r} is a pattern; list the layers' names")
-    # peft's, and invisible in the weights: they change the scaling, the base's own weights, or when the update applies.
-    strange = [option for option in ("use_rslora", "alpha_pattern", "alora_invocation_tokens") if config.get(option)]
-    if (start := config.get("init_lora_weights")) not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        strange.append(f"init_lora_weights {start!r}")
-    if strange:
-        raise UserError(f"{folder / CONFIG_NAME}: {strange[0]} is not supported here; load this adapter with peft")
+    settings, path = adapter_settings(folder), folder / ADAPTER_WEIGHTS
     made_for = _metadata(path).get("base_sha256")
     if base_sha256 and made_for and made_for != base_sha256:
         raise UserError(
             f"{folder}: this adapter was trained on base {made_for[:12]}…, not on the one loaded ({base_sha256[:12]}…); "
-            f"load {config['base_model_name_or_path']!r} as it was then"
+            f"load {_read_config(folder)['base_model_name_or_path']!r} as it was then"
         )
-    load_weights(trainable_parameters(apply_lora(model, settings)), path)
+    try:
+        apply_lora(model, settings)
+    except UserError as error:
+        what = str(error).partition("; choose")[0]
+        raise UserError(f"{folder}: {what}; load this adapter with peft, on the base it was trained on") from None
+    load_weights(trainable_parameters(model), path)
     return settings
+
+
+def adapter_settings(folder: Path) -> LoraSettings:
+    """What a saved adapter says of its update.
+
+    Raises
+    ------
+    UserError
+        If its config is missing or damaged, or has an option that this module does not know to leave plain LoRA as it is.
+    """
+    config, path = _read_config(folder), Path(folder) / ADAPTER_CONFIG
+    for option in ("peft_type", *sorted(config)):
+        value = config.get(option)
+        off = value is None or value is False or value in ("", [], {})  # 0 is a value: a layer has that number
+        if off or option in _SETTINGS or option in _WITHOUT_EFFECT or value in _PLAIN.get(option, ()):
+            continue
+        named = f"{option} {value!r}" if isinstance(value, str) else option
+        raise UserError(f"{path}: {named} is not supported here; load this adapter with peft")
+    if isinstance(config.get("target_modules"), str):
+        raise UserError(
+            f"{path}: target_modules {config['target_modules']!r} is a pattern; list the layers' names, "
+            "or load this adapter with peft"
+        )
+    try:
+        rank, alpha, dropout, targets = (config[option] for option in _SETTINGS)
+        return LoraSettings(int(rank), float(alpha), float(dropout), tuple(sorted(targets)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a LoRA adapter's settings ({error}); train or copy the run again") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:  # what JSON holds
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise UserError(f"{Path(folder) / ADAPTER_CONFIG}: not a LoRA adapter's settings; train or copy the run again")
+    return config
 
 
 def load_weights(parameters: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -242,9 +287,9 @@ def load_weights(parameters: Mapping[str, torch.Tensor], path: Path) -> None:
     _metadata(path)  # a damaged file is refused here
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     if strange := set(tensors) - set(parameters):
-        raise UserError(
-            f"{path}: holds {sorted(strange)[0]!r}, which the base has no place for; load the base it was trained on"
-        )
+        name = min(strange)
+        remedy = "load the base it was trained on" if ".lora_" in name else "load this adapter with peft"
+        raise UserError(f"{path}: holds {name!r}, which the base has no place for; {remedy}")
     if missing := set(parameters) - set(tensors) - {HEAD_BIAS}:  # peft trains without the bias, which then stays zero
         raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; the file is not whole, train or copy the run again")
     for name, tensor in tensors.items():

@@ -7,27 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2Tokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .engine.modelfiles import (
+    ADAPTER_CONFIG,
+    check_causal,
+    check_kind,
+    check_weights,
+    one_line,
+    read_config,
+    unloadable,
+)
 from .files import UserError, sha256_file
 from .paths import checkpoint_folder
 from .settings import EMBEDDED, default_model
@@ -42,7 +54,7 @@ class Base:
     """A base model ready to use."""
 
     model: PreTrainedModel
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     name: str
     """What the user called it: ``embedded``, a hub name or a folder."""
     sha256: str
@@ -88,46 +100,89 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
         more memory than is free.
     """
     name = name or default_model()
+    _refuse_file(name)
     folder = _find_folder(name)
+    check_kind(name, folder)
     weights = sorted(folder.glob("model*.safetensors"))  # not a training state or an adapter beside them
-    if not (folder / "config.json").is_file() or not weights:
-        missing = "config.json" if weights else "model*.safetensors weights"
-        raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
+    check_weights(name, folder, weights)
     device = choose_device()
     stored = sum(path.stat().st_size for path in weights)
-    dtype = (
-        dtype or os.environ.get("M2_DTYPE") or ("bfloat16" if stored > LARGE and has_bfloat16(device) else "float32")
-    )
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype {dtype!r}: choose float32 or bfloat16")
+    precision = _choose_dtype(dtype, stored, device)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        architectures = config.architectures or [""]
-        if architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            raise UserError(
-                f"{name}: {architectures[0] or 'an unnamed architecture'} is not a causal language model; choose one that generates text"
-            )
-        needed = stored * getattr(torch, dtype).itemsize // (config.dtype or torch.float32).itemsize
+        config = read_config(name, folder)
+        check_causal(name, config)
+        needed = stored * precision.itemsize // getattr(config.dtype, "itemsize", 4)
         _check_memory(name, needed, device)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        model = _read_weights(folder, config, precision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds over a stranger's files
+        raise unloadable(name, f"cannot be loaded from {folder}", error, "fetch or copy the model again") from error
+    _check_tokenizer(name, folder, tokenizer, model)
+    if (folder / ADAPTER_CONFIG).is_file():
+        warnings.warn(
+            f"{name}: an adapter lies beside the weights; the base is loaded without it (--adapter {folder} applies it)",
+            stacklevel=2,
         )
-        if report["missing_keys"]:  # transformers would draw them at random and go on
-            raise ValueError(f"the weights lack {min(report['missing_keys'])}")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{name}: cannot be loaded from {folder} ({_first_line(error)}); fetch or copy the model again"
-        ) from error
     if head_bias:
         add_head_bias(model)
     # Without an instruct model's sampling flags and repetition penalty, which are for chat: digits repeat.
     kept = model.generation_config
     ends = dict(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, bos_token_id=kept.bos_token_id)
     model.generation_config = GenerationConfig(do_sample=False, **ends)
-    return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
+    cast(nn.Module, model).to(device)  # in place; transformers' own `to` has no types
+    return Base(model.eval(), tokenizer, name, _hash_files(weights))
+
+
+def _refuse_file(name: str) -> None:
+    if Path(name).is_file():
+        raise UserError(f"{name}: is a file; give a folder in hub format, with config.json and *.safetensors")
+
+
+def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in a folder, all of its weights read from there and nothing else."""
+    with _quiet():  # of missing weights transformers prints a table; here they are an error of one line
+        # An adapter beside the weights would be applied without a word: it is looked for where none can be.
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            adapter_kwargs={"subfolder": "no-adapter"},
+        )
+    model, report = cast("tuple[PreTrainedModel, dict[str, set]]", loaded)  # as output_loading_info asks for
+    # Both of these transformers would draw at random, and go on.
+    if report["missing_keys"]:
+        raise ValueError(f"the weights lack {min(report['missing_keys'])}")
+    if report["mismatched_keys"]:
+        key, stored, needed = min(report["mismatched_keys"])
+        raise ValueError(f"{key} is {tuple(stored)} in the weights and {tuple(needed)} by config.json")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def _check_tokenizer(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if not tokenizer("1")["input_ids"]:  # where its files are missing, transformers makes an empty one
+        raise UserError(f"{name}: no tokenizer in {folder} (tokenizer.json); copy the tokenizer's files there")
+    largest, rows = max(tokenizer.get_vocab().values()), cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {largest:,} and the model a vocabulary of {rows:,}; "
+            "copy the tokenizer that belongs to the model"
+        )
 
 
 def choose_device() -> str:
@@ -138,6 +193,15 @@ def choose_device() -> str:
     if asked not in found:
         raise UserError(f"M2_DEVICE {asked!r}: this machine has {', '.join(found)}")
     return asked
+
+
+def _choose_dtype(asked: str | None, stored: int, device: str) -> torch.dtype:
+    """The precision asked for, or the one that suits so many bytes of weights (see `load_base`)."""
+    usual = "bfloat16" if stored > LARGE and has_bfloat16(device) else "float32"
+    name = asked or os.environ.get("M2_DTYPE") or usual
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {name!r}: choose float32 or bfloat16")
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def _check_memory(name: str, needed: int, device: str) -> None:
@@ -151,15 +215,17 @@ def _check_memory(name: str, needed: int, device: str) -> None:
         )
 
 
-def load_config(name: str):
+def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
+    _refuse_file(name)
     folder = _find_folder(name, weights=False)
+    check_kind(name, folder)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: no usable config.json in {folder} ({_first_line(error)}); give a folder in hub format"
-        ) from error
+        return read_config(name, folder)
+    except UserError:
+        raise
+    except Exception as error:  # as in `load_base`
+        raise unloadable(name, f"no usable config.json in {folder}", error, "give a folder in hub format") from error
 
 
 class BiasedHead(nn.Linear):
@@ -200,7 +266,7 @@ def mixed_precision(model: nn.Module) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def embedded_config(**changes) -> Qwen2Config:
+def embedded_config(**changes: Any) -> Qwen2Config:  # of any of its fields, each with its own type
     """The architecture of the embedded base: Qwen2, 3.6 M parameters, grouped-query attention, tied embeddings."""
     settings = dict(
         vocab_size=256 + len(SPECIAL_TOKENS),
@@ -229,10 +295,13 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {symbol: index for index, symbol in enumerate([*symbols, *SPECIAL_TOKENS])}
-    special = dict(
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL_TOKENS[1:])
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
-    return Qwen2Tokenizer(vocab=vocab, merges=[], **special)
 
 
 def _find_folder(name: str, weights: bool = True) -> Path:
@@ -262,12 +331,8 @@ def _find_folder(name: str, weights: bool = True) -> Path:
         else:
             remedy = "connect and try again, or give a folder"
         raise UserError(
-            f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {_first_line(error)}); {remedy}"
+            f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {one_line(error)}); {remedy}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _hash_files(paths: list[Path]) -> str:

@@ -25,9 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .data import Dataset
+from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from .engine.resume import delete_state, has_state
-from .files import UserError, read_json, sha256_json, write_text
-from .lora import load_adapter, lora_layers, merge, parameter_report, save_adapter
+from .files import UserError, read_json, sha256_file, sha256_json, write_text
+from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .settings import EMBEDDED, Recorded, Setting, TrainSettings, canonical, changes
 from .text import Codec, numeric_tokens
@@ -94,6 +95,8 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     """
     folder = Path(folder)
     config = read_config(folder)
+    if config is None and not (folder / CONFIG_NAME).is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder}: holds a peft adapter, not a run; give --model BASE --adapter {folder}")
     if config is None:
         raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
     if has_state(folder):
@@ -121,6 +124,25 @@ def settings_of(config: RunConfig) -> TrainSettings:
     known = {f.name for f in fields(TrainSettings)}
     values: dict[str, Any] = {name: value for name, value in config["settings"].items() if name in known}
     return TrainSettings(**values)  # which checks their types
+
+
+def load_adapted(name: str | None, folder: Path) -> Base:
+    """Load a base (see `load_base` for its name) and merge an adapter into it that `peft` trained: no run, so no scale.
+
+    Raises
+    ------
+    UserError
+        If the folder holds no such adapter, or one whose update is not plain LoRA, or the base does not fit it.
+    """
+    folder = Path(folder)
+    check_adapter(folder)
+    settings = adapter_settings(folder)  # refused before the base is read
+    base = load_base(name)
+    load_adapter(base.model, folder, base.sha256)
+    merge(base.model).eval()
+    identity = {"settings": asdict(settings), "adapter_sha256": sha256_file(folder / ADAPTER_WEIGHTS)}
+    identity["base_sha256"] = base.sha256
+    return replace(base, run=folder.resolve().name, stage="adapter", settings_sha256=sha256_json(identity))
 
 
 def settings_sha256(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..files import UserError, atomic_path
 from ..settings import default_model
-from .options import BaseOrRun, File, Flag, InputFile, RunOrBase, load_target
+from .options import Adapter, BaseOrRun, File, Flag, InputFile, RunOrBase, load_target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,7 @@ class Forecast:
     """Seed of the samples."""
     model: BaseOrRun = field(default_factory=default_model)
     run: RunOrBase = None
+    adapter: Adapter = None
 
     def __call__(self) -> None:
         import numpy as np
@@ -44,7 +45,7 @@ class Forecast:
         from ..forecasting import forecast, sample_forecasts
         from ..series import read_series
 
-        base, run, constrained = load_target(self.model, self.run, self.constrained)
+        base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         series = read_series(self.file)
         codecs = self._codecs(series, run)  # all of them before the first forecast
         rows, invalid = [], 0

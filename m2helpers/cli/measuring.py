@@ -10,7 +10,7 @@ from tyro.conf import arg
 from ..files import write_json
 from ..paths import DATA_FILE
 from ..settings import default_model
-from .options import BaseOrRun, DataFile, Flag, OptionalFile, RunOrBase, load_target
+from .options import Adapter, BaseOrRun, DataFile, Flag, OptionalFile, RunOrBase, load_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Evaluate:
     data: DataFile = DATA_FILE
     model: BaseOrRun = field(default_factory=default_model)
     run: RunOrBase = None
+    adapter: Adapter = None
 
     def __call__(self) -> None:
         import pandas as pd
@@ -43,12 +44,13 @@ class Evaluate:
         from ..text import Codec, fit_scale
 
         dataset = load_dataset(self.data)
-        base, run, constrained = load_target(self.model, self.run, self.constrained)
+        base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
         contexts = [self.context] if self.context else P5_CONTEXTS
         protocols = PROTOCOLS if self.protocol == "all" else [self.protocol]
         ours: list[Result] = []
-        rows = {str(self.run) if self.run else base.name: ours}
+        trained = self.run or self.adapter
+        rows = {str(trained or base.name): ours}
         for protocol in protocols:
             ours += evaluate(
                 base,
@@ -57,7 +59,7 @@ class Evaluate:
                 protocol,
                 split=self.split,
                 contexts=contexts,
-                run=str(self.run) if self.run else None,
+                run=str(trained) if trained else None,
                 seed=run.settings.seed if run else None,
                 constrained=constrained,
             )

@@ -11,6 +11,7 @@ from tyro.conf import FlagConversionOff, Positional, arg, create_mutex_group
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..engine.tracking import TRACKERS
+from ..files import UserError
 from ..settings import PretrainSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ RunOrBase = Annotated[
     Path | None,
     arg(metavar="DIR", help="Folder of a finished run.", help_behavior_hint="(default: the base, untrained)"),
     _MODEL_OR_RUN,
+]
+Adapter = Annotated[
+    Path | None, arg(metavar="DIR", help="Folder of a LoRA that peft trained on --model.", help_behavior_hint="")
 ]
 Track = Annotated[
     str | None, one_of(TRACKERS), arg(help="Log losses there too.", help_behavior_hint="(default: nowhere)")
@@ -130,11 +134,17 @@ def changed(settings: Settings, flags: Settings) -> Settings:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def load_target(model: str, run: Path | None, constrained: bool) -> tuple[Base, Run | None, bool]:
-    """The base of a run, the run, and whether to constrain it; or a base, untrained, and None."""
+def load_target(
+    model: str, run: Path | None, adapter: Path | None, constrained: bool
+) -> tuple[Base, Run | None, bool]:
+    """The base of a run, the run, and whether to constrain it; or a base, as it is or with an adapter, and None."""
     from ..models import load_base
-    from ..runs import load_run
+    from ..runs import load_adapted, load_run
 
+    if adapter and run:
+        raise UserError("--adapter goes with --model; a run has an adapter of its own")
+    if adapter:
+        return load_adapted(model, adapter), None, constrained
     if run is None:
         return load_base(model), None, constrained
     loaded = load_run(run)
