@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def train_lora(
     ledger = ledger or default_ledger(base)
     started, tokens = time.monotonic(), 0
     shown = dict(desc=name, unit="step", disable=not progress, total=settings.max_steps, initial=record["step"])
-    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, config["settings"]) as log:
+    with stop_on_signal() as asked_to_stop, tqdm(**shown) as bar, tracked(track, folder, asdict(settings)) as log:
         while not work.finished:
             first = record["step"]
             stop = min(settings.max_steps, (first // settings.save_steps + 1) * settings.save_steps)
