@@ -188,7 +188,7 @@ class TrainSettings(LoraSettings):
     precision: int = 2
     """Decimals of a number in the text."""
     rescale: float = 0.0
-    """Multiply a training series, each time it is read, by e^u with u drawn evenly from ±rescale; 0: never."""
+    """Multiply a training series, each time it is read, by e^u with u drawn evenly from -rescale to rescale; 0: never."""
     random_start: bool = False
     """1: half the training windows begin where their series does, half anywhere in it; 0: at multiples of max_length."""
     average: float = 0.0

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -134,7 +134,7 @@ def train_lora(
         write_json(folder / "config.json", config)
 
     spender, ledger = Spender(name, stage, config["settings_sha256"]), ledger or default_ledger(base)
-    with tracked(track, folder or Path(), config["settings"]) as log:
+    with tracked(track, folder or Path(), asdict(settings)) as log:
         charged = _Charged(work, ledger, spender, folder, log)
         run_steps(charged, name, progress=progress, resumable=folder is not None)
     for key, p in work.parameters.items():

@@ -134,9 +134,7 @@ def changed(settings: Settings, flags: Settings) -> Settings:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def load_target(
-    model: str, run: Path | None, adapter: Path | None, constrained: bool
-) -> tuple[Base, Run | None, bool]:
+def load_target(model: str, run: Path | None, adapter: Path | None, constrained: bool) -> tuple[Base, Run | None, bool]:
     """The base of a run, the run, and whether to constrain it; or a base, as it is or with an adapter, and None."""
     from ..models import load_base
     from ..runs import load_adapted, load_run

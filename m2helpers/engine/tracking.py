@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import UserError
+from ..settings import Setting
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -14,7 +15,7 @@ Log = Callable[[dict[str, float], int], None]
 
 
 @contextmanager
-def tracked(tracker: str | None, folder: Path, settings: dict) -> Iterator[Log]:
+def tracked(tracker: str | None, folder: Path, settings: Mapping[str, Setting]) -> Iterator[Log]:
     """Yield a function that logs values at a step; one that does nothing when `tracker` is None.
 
     Parameters
@@ -23,8 +24,8 @@ def tracked(tracker: str | None, folder: Path, settings: dict) -> Iterator[Log]:
         One of `TRACKERS`. Weights & Biases needs no account when ``WANDB_MODE=offline`` is set.
     folder : Path
         The run folder; the logs go into ``logs`` beneath it.
-    settings : dict
-        Of the run, logged once.
+    settings : mapping
+        Of the run, logged once: numbers and switches as numbers, the rest as text.
 
     Raises
     ------
@@ -32,7 +33,7 @@ def tracked(tracker: str | None, folder: Path, settings: dict) -> Iterator[Log]:
         If the tracker is not known or its package is not installed.
     """
     if tracker is None:
-        yield lambda values, step: None
+        yield _log_nothing
         return
     if tracker not in TRACKERS:
         raise UserError(f"track {tracker!r}: choose from {', '.join(TRACKERS)}")
@@ -44,10 +45,24 @@ def tracked(tracker: str | None, folder: Path, settings: dict) -> Iterator[Log]:
     logs = Path(folder) / "logs"
     accelerator = Accelerator(log_with=tracker, project_dir=logs)
     logs.mkdir(parents=True, exist_ok=True)
-    plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in settings.items()}
+    plain = {name: _plain(value) for name, value in settings.items()}
     options = {"wandb": {"name": Path(folder).resolve().name, "dir": str(logs)}}
     accelerator.init_trackers("m2helpers", config=plain, init_kwargs=options)
+
+    def log(values: dict[str, float], step: int) -> None:
+        accelerator.log(values, step=step)
+
     try:
-        yield lambda values, step: accelerator.log(values, step=step)
+        yield log
     finally:
         accelerator.end_training()
+
+
+def _log_nothing(values: dict[str, float], step: int) -> None:
+    pass
+
+
+def _plain(value: Setting) -> int | float | str:
+    if isinstance(value, bool):
+        return int(value)  # as `settings.canonical` has it
+    return value if isinstance(value, int | float) else str(value)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 
@@ -18,6 +19,10 @@ from ..paths import checkpoint_folder
 from ..settings import EVERY_LINEAR, STAGES, TrainSettings
 from ..text import Codec, fit_scale
 
+if TYPE_CHECKING:
+    from ..flops.architecture import Config
+
+Change: TypeAlias = Mapping[str, Any]  # settings by name; `TrainSettings` checks their types
 SWEEPS = ("grid", "context", "precision")
 SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
@@ -64,14 +69,14 @@ class Plan:
     sweep_steps: int = 500
     extended: TrainSettings | None = None
     """A last run that goes beyond the published setting of the final one, where there is to be one."""
-    ablations: Mapping[str, Mapping] = field(default_factory=dict)
+    ablations: Mapping[str, Change] = field(default_factory=dict)
     """Changes to the final setting, in words and as settings, each tried in a run of its own."""
     seeds: int = 1
     """Of the long runs at the end, counted from the one that stands in their settings."""
     measured: tuple[str, ...] = ("untrained", "initial", *FINAL_STAGES)
     """Stages whose forecasts are made under every protocol."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: give 1 or more")
 
@@ -103,13 +108,13 @@ class Plan:
 
     def tuned(self, best: TrainSettings) -> Plan:
         """The plan with the learning rate that follows from the grid's best in the long runs that adapt the grid's layers."""
-        alike = lambda run: run is not None and run.target_modules == best.target_modules  # noqa: E731
-        rate = dict(learning_rate=self.long_rate * best.learning_rate)
-        return replace(
-            self,
-            final=replace(self.final, **rate) if alike(self.final) else self.final,
-            extended=replace(self.extended, **rate) if alike(self.extended) else self.extended,
-        )
+
+        def tuned(settings: TrainSettings) -> TrainSettings:
+            if settings.target_modules != best.target_modules:
+                return settings
+            return replace(settings, learning_rate=self.long_rate * best.learning_rate)
+
+        return replace(self, final=tuned(self.final), extended=self.extended and tuned(self.extended))
 
     def widened(self, best: TrainSettings) -> Plan:
         """The plan with one more value where the best setting lies on the edge of the grid; itself where it does not."""
@@ -120,8 +125,8 @@ class Plan:
         )
 
 
-def _widen(values: tuple, best: float) -> tuple:
-    """Go on past the edge that `best` is on, by the ratio of the last two values there."""
+def _widen(values: tuple[float, ...], best: float) -> tuple[float, ...]:
+    """Extend a range past the edge that `best` is on, by the ratio of the last two values there."""
     if len(values) > 1 and best == values[-1]:
         return (*values, float(f"{best * best / values[-2]:.6g}"))
     if len(values) > 1 and best == values[0]:
@@ -130,23 +135,22 @@ def _widen(values: tuple, best: float) -> tuple:
 
 
 AS_PUBLISHED = "published setting"  # the ablation that changes nothing else: what the others are compared with
-_BRIEF = dict(
-    max_steps=300, learning_rate=2.5e-3
-)  # between the rates of the grid, 80 steps, and of the final run, 1,800
-_EVERY_LAYER = dict(target_modules=EVERY_LINEAR, learning_rate=2e-3)
-_RANK_16 = dict(lora_r=16, lora_alpha=32)
-ABLATIONS = {
-    words: _BRIEF | change
+_BRIEF_RATE = 2.5e-3  # between the rates of the grid, 80 steps, and of the final run, 1,800
+_BRIEF: Change = dict(max_steps=300, learning_rate=_BRIEF_RATE)
+_EVERY_LAYER: Change = dict(target_modules=EVERY_LINEAR, learning_rate=2e-3)
+_RANK_16: Change = dict(lora_r=16, lora_alpha=32)
+ABLATIONS: dict[str, Change] = {
+    words: {**_BRIEF, **change}
     for words, change in {
         AS_PUBLISHED: {},
         "every linear layer": _EVERY_LAYER,
-        "every linear layer rank 16": _EVERY_LAYER | _RANK_16,
-        "every linear layer rank 16 faster": _EVERY_LAYER | _RANK_16 | dict(learning_rate=4e-3),
+        "every linear layer rank 16": {**_EVERY_LAYER, **_RANK_16},
+        "every linear layer rank 16 faster": {**_EVERY_LAYER, **_RANK_16, "learning_rate": 4e-3},
         "rescaled series": dict(rescale=STAGES["extended"].rescale),
-        "windows anywhere": dict(random_start=1),
+        "windows anywhere": dict(random_start=True),
         "no dropout": dict(lora_dropout=0.0),
         "averaged weights": dict(average=0.98),
-        "twice the learning rate": dict(learning_rate=2 * _BRIEF["learning_rate"]),
+        "twice the learning rate": dict(learning_rate=2 * _BRIEF_RATE),
         "three decimals": dict(precision=3),
     }.items()
 }
@@ -202,12 +206,12 @@ def forecast_sizes(
     return sizes
 
 
-def table_cost(config: object, sizes: Mapping[tuple[int, int], int]) -> Cost:
+def table_cost(config: Config, sizes: Mapping[tuple[int, int], int]) -> Cost:
     """Cost of making forecasts of those sizes with a KV cache and merged adapters."""
     return sum((generation_cost(config, 1, *size) * n for size, n in sizes.items()), Cost())
 
 
-def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
+def run_cost(config: Config, settings: TrainSettings) -> tuple[Cost, Cost]:
     """What a run costs at most, every window as long as the longest: training, and its validations."""
     shape = (settings.batch_size, settings.max_length)
     step, validation = batch_costs(config, settings.adaptation)
@@ -216,7 +220,7 @@ def run_cost(config: object, settings: TrainSettings) -> tuple[Cost, Cost]:
     return step(shape) * settings.max_steps, validation(shape) * (validations * batches)
 
 
-def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:
+def plan_table(config: Config, plan: Plan, dataset: Dataset) -> pd.DataFrame:
     """What a plan costs by stage: runs, steps, FLOPs (exact) by kind, both conventions, and shares of the cap.
 
     Parameters
@@ -234,18 +238,30 @@ def plan_table(config: object, plan: Plan, dataset: Dataset) -> pd.DataFrame:
     rows = []
     for stage in dict.fromkeys(["untrained", *(run.stage for run in plan.runs)]):
         runs = [run.settings for run in plan.runs if run.stage == stage]
-        costs = [run_cost(config, settings) for settings in runs]
-        train, validate = (sum((pair[i] for pair in costs), Cost()) for i in (0, 1))
         each = table if stage in plan.measured else brief if stage in SWEEPS else Cost()
-        generate = each * max(1, len(runs))  # the untrained base is no run
-        total = train + validate + generate
-        row = {"stage": stage, "runs": len(runs), "steps": sum(settings.max_steps for settings in runs)}
-        row |= {"train": train.flops, "validate": validate.flops, "generate": generate.flops}
-        rows.append(row | {"exact": total.flops, "course": total.flops_course, "share of the cap": total.flops / CAP})
+        rows.append({"stage": stage} | _stage_row(config, runs, each))
     return pd.DataFrame(rows).set_index("stage")
 
 
-def further_steps(config: object, plan: Plan, table: pd.DataFrame) -> int:
+def _stage_row(config: Config, runs: Sequence[TrainSettings], measuring: Cost) -> dict[str, float]:
+    """A row of `plan_table`: the runs of a stage, each measured at a cost."""
+    costs = [run_cost(config, settings) for settings in runs]
+    train, validate = (sum((pair[i] for pair in costs), Cost()) for i in (0, 1))
+    generate = measuring * max(1, len(runs))  # the untrained base is no run
+    total = train + validate + generate
+    return {
+        "runs": len(runs),
+        "steps": sum(settings.max_steps for settings in runs),
+        "train": train.flops,
+        "validate": validate.flops,
+        "generate": generate.flops,
+        "exact": total.flops,
+        "course": total.flops_course,
+        "share of the cap": total.flops / CAP,
+    }
+
+
+def further_steps(config: Config, plan: Plan, table: pd.DataFrame) -> int:
     """How many steps of its last run the rest of the cap would buy, from the plan's `plan_table`; negative if it does not fit."""
     rest = CAP - int(table["exact"].sum())
     last = plan.runs[-1].settings

@@ -1,31 +1,43 @@
-"""Carry out a plan of experiments: every run in order, each in its folder, nothing done twice."""
+"""Carry out a plan of experiments: every run in order, each in its folder, nothing done twice.
+
+A run of a sweep or an ablation that diverges leaves ``diverged.json`` in its folder: why, and with which settings.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
 from ..data import Dataset
-from ..engine.resume import has_state
+from ..engine.losses import Diverged
+from ..engine.resume import delete_state, has_state
 from ..evaluation.measure import evaluate
 from ..evaluation.protocols import P5_CONTEXTS, PROTOCOLS
 from ..evaluation.scores import origins, to_json
 from ..files import UserError, read_json, write_json
 from ..flops.costs import Cost
-from ..models import load_base
-from ..runs import is_finished, load_run, settings_sha256
+from ..ledger import Ledger
+from ..models import Base, load_base
+from ..runs import CONFIG_NAME, HISTORY_NAME, RunConfig, is_finished, load_run, read_config, settings_sha256
 from ..settings import TrainSettings
 from ..text import Codec, fit_scale
 from ..training import train_lora
 from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEP_SERIES, SWEEPS, Plan, PlannedRun, run_cost
 
+if TYPE_CHECKING:
+    from ..flops.architecture import Config
+
 WIDENINGS = 2  # times that the grid may grow past an edge
 METRICS_NAME = "metrics.json"
+DIVERGED_NAME = "diverged.json"
+MAY_DIVERGE = (*SWEEPS, ABLATION)  # they look for what works; a long run that diverges ends the plan
 
 
 def run_plan(
@@ -37,13 +49,17 @@ def run_plan(
     stages: Iterable[str] = STAGE_ORDER,
     resume: bool = False,
     track: str | None = None,
+    ledger: Ledger | None = None,
     say: Callable[[str], None] = print,
 ) -> Plan:
     """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
 
-    A finished run with the same settings, data and base is kept. The grid grows by one value past an edge that its best run
-    lies on, at most twice. Long runs that adapt the grid's layers take a learning rate that follows from the best there by validation
+    A finished run with the same settings, data and base is kept. A run of a sweep or an ablation that diverges is left
+    out, and not tried again while its folder stays. The grid grows by one value past an edge that its best run lies on,
+    at most twice. Long runs that adapt the grid's layers take a learning rate that follows from the best there by validation
     loss. Runs of the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
+
+    What a command or a notebook may choose stands here one by one, hence the nine parameters.
 
     Parameters
     ----------
@@ -54,9 +70,11 @@ def run_plan(
     stages : iterable of str
         Which parts of the plan to carry out.
     resume : bool
-        Go on with runs that were stopped; without it, such a run is an error.
+        Resume runs that were stopped; without it, such a run is an error.
     track : str, optional
         Log the losses of every run to this tracker (`tracking.TRACKERS`).
+    ledger : Ledger, optional
+        Where it is charged; by default the base's own (`default_ledger`).
     say : callable
         Is told what is being done, how much of the plan's training is behind, and about how long the rest will take.
 
@@ -64,48 +82,207 @@ def run_plan(
     ------
     UserError
         If a folder holds a run with other settings, data or base.
+    Diverged
+        If a long run's loss is no longer a finite number.
     CapReached
-        If the next part does not fit under the cap; what is done stays, to be gone on with.
+        If the next part does not fit under the cap; what is done stays, to be resumed.
     """
-    output_dir, stages = Path(output_dir), tuple(stages)
-    base, done, widened = load_base(model), 0, 0
-    base_sha256, config = base.sha256, base.model.config
+    stages, base = tuple(stages), load_base(model)
+    work = _Work(model, base.sha256, dataset, Path(output_dir), resume, track, ledger, say)
+    progress = _Progress(base.model.config)
     del base  # every run loads its own
-
-    @cache
-    def price(run: PlannedRun) -> int:
-        return sum(run_cost(config, run.settings), Cost()).flops
-
     if "untrained" in stages:
-        _measure(output_dir / "base", model, base_sha256, dataset, PROTOCOLS, say)
-    queue = list(plan.runs_of(stages))
-    behind, trained, started = 0, 0, time.monotonic()  # FLOPs of the plan's training: behind us, and done in this call
+        work.measure_base()
+    queue, widened = list(plan.runs_of(stages)), 0
     while queue:
         run = queue.pop(0)
-        if run.stage in FINAL_STAGES and (best := best_of_grid(plan, output_dir)):
+        if run.stage in FINAL_STAGES and (best := best_of_grid(plan, work.folder)):
             plan = plan.tuned(best)
             run = next(tuned for tuned in plan.runs if tuned.name == run.name)
-        done += 1
-        ahead = sum(map(price, [run, *queue]))
-        place = f"{behind / (behind + ahead):.0%} of the training behind"
-        if trained:
-            place += f", about {(time.monotonic() - started) * ahead / trained / 60:,.0f} minutes left"
-        say(f"[{done}/{done + len(queue)}] {run.name}: {run.settings.max_steps:,} steps; {place}")
-        behind += price(run)
-        if _run(run, output_dir / run.name, model, base_sha256, dataset, resume, track, say):
-            trained += price(run)  # some of it was done before, where a stopped run goes on: the first guess is low
-        if run.stage in (*SWEEPS, ABLATION):
-            few = dict(split="validation", limit=SWEEP_SERIES)
-            _measure(output_dir / run.name, None, base_sha256, dataset, ["P5"], say, **few)
-        elif run.stage in plan.measured:
-            _measure(output_dir / run.name, None, base_sha256, dataset, PROTOCOLS, say)
-        if run.stage == "grid" and "grid" not in {left.stage for left in queue} and widened < WIDENINGS:
-            wider = plan.widened(best_of_grid(plan, output_dir))
-            more = [run for run in wider.runs_of(["grid"]) if run not in plan.runs_of(["grid"])]
+        say(progress.line(run, queue))
+        progress.note(run, worked=work.train(run))
+        work.measure(run, whole=run.stage in plan.measured)
+        if run.stage == "grid" and widened < WIDENINGS and all(left.stage != "grid" for left in queue):
+            plan, more = _widen(plan, work.folder)
+            queue, widened = more + queue, widened + 1
             if more:
                 say("the best run lies on the edge of the grid: one value more")
-            queue, plan, widened = more + queue, wider, widened + 1
     return plan
+
+
+def _widen(plan: Plan, output_dir: Path) -> tuple[Plan, list[PlannedRun]]:
+    """The plan with its grid grown past the edge that the best run lies on, and the runs that are new."""
+    best = best_of_grid(plan, output_dir)
+    if best is None:  # every run of it diverged
+        return plan, []
+    wider, before = plan.widened(best), plan.runs_of(["grid"])
+    return wider, [run for run in wider.runs_of(["grid"]) if run not in before]
+
+
+class _Progress:
+    """How much of a plan's training is behind, in FLOPs, and about how long the rest takes."""
+
+    def __init__(self, config: Config) -> None:
+        @cache
+        def price(run: PlannedRun) -> int:
+            return sum(run_cost(config, run.settings), Cost()).flops
+
+        self.price = price
+        self.done = 0  # runs
+        self.behind = self.trained = 0  # FLOPs of all of them, and of those trained in this call
+        self.started = time.monotonic()
+
+    def line(self, run: PlannedRun, queue: Sequence[PlannedRun]) -> str:
+        """What is said before a run."""
+        ahead, number = sum(map(self.price, [run, *queue])), self.done + 1
+        place = f"{self.behind / (self.behind + ahead):.0%} of the training behind"
+        if self.trained:
+            minutes = (time.monotonic() - self.started) * ahead / self.trained / 60
+            place += f", about {minutes:,.0f} minutes left"
+        return f"[{number}/{number + len(queue)}] {run.name}: {run.settings.max_steps:,} steps; {place}"
+
+    def note(self, run: PlannedRun, *, worked: bool) -> None:
+        """Count a run as behind, and as trained in this call if it `worked`."""
+        self.done += 1
+        self.behind += self.price(run)
+        if worked:  # some of it was done before, where a stopped run is resumed: the first guess is low
+            self.trained += self.price(run)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the runs of a plan have in common, and what is done with each."""
+
+    model: str
+    base_sha256: str
+    dataset: Dataset
+    folder: Path
+    """Of the plan; every run has its own beneath."""
+    resume: bool
+    track: str | None
+    ledger: Ledger | None
+    say: Callable[[str], None]
+
+    def train(self, run: PlannedRun) -> bool:
+        """Train a run, or resume it; leave it as it is when it is finished. Return whether there was something to do."""
+        folder = self.folder / run.name
+        sha256 = settings_sha256(run.settings, self.dataset, self.base_sha256)
+        if is_finished(folder):
+            config = read_config(folder)
+            if config is None or config["settings_sha256"] != sha256:
+                raise UserError(
+                    f"{folder}: holds a finished run with other settings, data or base; choose another --output-dir or delete it"
+                )
+            self.say(f"{run.name}: done before")
+            return False
+        if run.stage not in MAY_DIVERGE:
+            self._train(run, folder)
+            return True
+        if (reason := _diverged(folder, sha256)) is not None:
+            self.say(f"{run.name}: diverged before ({reason}) and is left out; delete {folder} to try it again")
+            return False
+        (folder / DIVERGED_NAME).unlink(missing_ok=True)  # of other settings
+        try:
+            self._train(run, folder)
+        except Diverged as error:
+            write_json(folder / DIVERGED_NAME, {"settings_sha256": sha256, "reason": str(error)})
+            delete_state(folder)  # resumed, it would diverge again
+            self.say(f"{run.name}: diverged ({error}) and is left out")
+        return True
+
+    def _train(self, run: PlannedRun, folder: Path) -> None:
+        resume = self.resume and has_state(folder)
+        train_lora(
+            load_base(self.model),
+            self.dataset,
+            run.settings,
+            folder,
+            stage=run.stage,
+            resume=resume,
+            track=self.track,
+            ledger=self.ledger,
+        )
+
+    def measure_base(self) -> None:
+        """Measure the untrained base under every protocol."""
+        codec = Codec(fit_scale(self.dataset.part("train")))
+        self._measure(self.folder / "base", lambda: _Measured(load_base(self.model), codec), PROTOCOLS)
+
+    def measure(self, run: PlannedRun, *, whole: bool) -> None:
+        """Measure a run that was not left out: some validation series in a sweep, else, if `whole`, the test split."""
+        folder = self.folder / run.name
+        if not is_finished(folder):
+            return
+        if run.stage in MAY_DIVERGE:
+            self._measure(folder, lambda: _Measured.load(folder), ["P5"], split="validation", limit=SWEEP_SERIES)
+        elif whole:
+            self._measure(folder, lambda: _Measured.load(folder), PROTOCOLS)
+
+    def _measure(
+        self,
+        folder: Path,
+        load: Callable[[], _Measured],
+        protocols: Iterable[str],
+        split: str = "test",
+        limit: int | None = None,
+    ) -> None:
+        """Write measurements into a folder, as far as they are not there."""
+        path = folder / METRICS_NAME
+        rows = _rows(path)
+        if origins(rows) - {(self.dataset.sha256, self.base_sha256)}:
+            raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
+        made = Counter(row["protocol"] for row in rows if row["split"] == split)
+        protocols = [p for p in protocols if made[p] < (len(P5_CONTEXTS) if p == "P5" else 1)]
+        if not protocols:
+            return
+        self.say(f"{folder.name}: forecasts of the {split} split")
+        its = load()
+        for protocol in protocols:
+            results = evaluate(
+                its.base,
+                its.codec,
+                self.dataset,
+                protocol,
+                split=split,
+                limit=limit,
+                run=its.run,
+                seed=its.seed,
+                constrained=its.constrained,
+                ledger=self.ledger,
+            )
+            rows = [row for row in rows if (row["protocol"], row["split"]) != (protocol, split)]  # some contexts alone
+            rows += to_json(results)
+            write_json(path, rows)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured: the untrained base, or a run."""
+
+    base: Base
+    codec: Codec
+    run: str | None = None
+    """Its folder."""
+    seed: int | None = None
+    constrained: bool = False
+
+    @classmethod
+    def load(cls, folder: Path) -> _Measured:
+        """A finished run."""
+        run = load_run(folder)
+        return cls(run.base, run.codec, str(folder), run.settings.seed, run.constrained)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.json``; none if there is no such file."""
+    return cast(list[dict[str, Any]], read_json(path)) if path.is_file() else []
+
+
+def _diverged(folder: Path, sha256: str) -> str | None:
+    """Why a run with these settings was left out; None if it was not."""
+    path = folder / DIVERGED_NAME
+    record = cast(dict[str, str], read_json(path)) if path.is_file() else {}
+    return record["reason"] if record.get("settings_sha256") == sha256 else None
 
 
 def sweep_table(output_dir: Path, kind: str = "sweep") -> pd.DataFrame:
@@ -117,13 +294,13 @@ def sweep_table(output_dir: Path, kind: str = "sweep") -> pd.DataFrame:
         ``sweep``, or ``ablation`` for the changes to the final setting.
     """
     rows = []
-    for path in sorted(Path(output_dir).glob(f"{kind}/*/history.csv")):
-        settings, history = read_json(path.with_name("config.json"))["settings"], pd.read_csv(path)
+    for path in sorted(Path(output_dir).glob(f"{kind}/*/{HISTORY_NAME}")):
+        config, history = cast(RunConfig, read_json(path.with_name(CONFIG_NAME))), pd.read_csv(path)
         names = ("learning_rate", "lora_r", "max_length", "precision", "seed", "max_steps")
-        row = {"run": f"{kind}/{path.parent.name}"} | {name: settings[name] for name in names}
+        row: dict[str, Any] = {"run": f"{kind}/{path.parent.name}"}
+        row |= {name: config["settings"][name] for name in names}
         row |= {"val_loss": history["val_loss"].min(), "flops": int(history["flops"].iloc[-1])}
-        metrics = path.with_name(METRICS_NAME)
-        for result in read_json(metrics) if metrics.is_file() else []:
+        for result in _rows(path.with_name(METRICS_NAME)):
             if (result["protocol"], result["split"]) == ("P5", "validation"):
                 row[f"MAE, S = {result['context']}"] = result["mae"]
         rows.append(row)
@@ -131,64 +308,11 @@ def sweep_table(output_dir: Path, kind: str = "sweep") -> pd.DataFrame:
 
 
 def best_of_grid(plan: Plan, output_dir: Path) -> TrainSettings | None:
-    """Settings of the grid's run with the least validation loss; None while a run of the grid is missing."""
-    runs = plan.runs_of(["grid"])
-    if not all((Path(output_dir) / run.name / "history.csv").is_file() for run in runs):
+    """Settings of the grid's run with the least validation loss; None while one is missing that did not diverge."""
+    folders = {run.name: Path(output_dir) / run.name for run in plan.runs_of(["grid"])}
+    finished = {name for name, folder in folders.items() if (folder / HISTORY_NAME).is_file()}
+    if not finished or any(not (folders[name] / DIVERGED_NAME).is_file() for name in folders.keys() - finished):
         return None
     losses = sweep_table(output_dir).set_index("run")["val_loss"]
+    runs = [run for run in plan.runs_of(["grid"]) if run.name in finished]
     return min(runs, key=lambda run: losses[run.name]).settings
-
-
-def _run(
-    run: PlannedRun,
-    folder: Path,
-    model: str,
-    base_sha256: str,
-    dataset: Dataset,
-    resume: bool,
-    track: str | None,
-    say: Callable,
-) -> bool:
-    """Train a run, or go on with it; leave it as it is when it is finished. Return whether there was something to do."""
-    if not is_finished(folder):
-        going_on = resume and has_state(folder)
-        train_lora(load_base(model), dataset, run.settings, folder, stage=run.stage, resume=going_on, track=track)
-        return True
-    if read_json(folder / "config.json")["settings_sha256"] != settings_sha256(run.settings, dataset, base_sha256):
-        raise UserError(
-            f"{folder}: holds a finished run with other settings, data or base; choose another --output-dir or delete it"
-        )
-    say(f"{run.name}: done before")
-    return False
-
-
-def _measure(
-    folder: Path,
-    model: str | None,
-    base_sha256: str,
-    dataset: Dataset,
-    protocols: Iterable[str],
-    say: Callable,
-    split: str = "test",
-    limit: int | None = None,
-) -> None:
-    """Write the measurements of a run, or of an untrained base, into its folder, as far as they are not there."""
-    path = folder / METRICS_NAME
-    rows = read_json(path) if path.is_file() else []
-    if origins(rows) - {(dataset.sha256, base_sha256)}:
-        raise UserError(f"{path}: measured with other data or base; choose another --output-dir or delete it")
-    made = Counter(row["protocol"] for row in rows if row["split"] == split)
-    protocols = [p for p in protocols if made[p] < (len(P5_CONTEXTS) if p == "P5" else 1)]
-    if not protocols:
-        return
-    say(f"{folder.name}: forecasts of the {split} split")
-    if model:
-        base, codec, about = load_base(model), Codec(fit_scale(dataset.part("train"))), {}
-    else:
-        run = load_run(folder)
-        base, codec, about = run.base, run.codec, dict(run=str(folder), seed=run.settings.seed)
-        about["constrained"] = run.constrained
-    for protocol in protocols:
-        rows = [row for row in rows if (row["protocol"], row["split"]) != (protocol, split)]  # some contexts alone
-        rows += to_json(evaluate(base, codec, dataset, protocol, split=split, limit=limit, **about))
-        write_json(path, rows)

@@ -42,13 +42,13 @@ def test_help_of_train_says_what_the_stages_have(capsys):
     text = " ".join(_help(capsys, "train").split())
     assert "A setting that is not given stays as the --stage of the base's plan has it." in text
     steps = " / ".join(str(stage.max_steps) for stage in STAGES.values())
-    assert f"--max-steps INT Optimizer steps. (default: {steps})" in text
+    assert f"--max-steps INT Optimizer steps in all. (default: {steps})" in text
     assert "--batch-size INT Windows a step. (default: 4)" in text
     assert "--stage {initial,final,extended}" in text
 
 
 def test_help_of_pretrain_shows_its_defaults(capsys):
-    assert "Tokens a text. (default: 1024)" in " ".join(_help(capsys, "pretrain").split())
+    assert "Longest text, in tokens. (default: 1024)" in " ".join(_help(capsys, "pretrain").split())
 
 
 def test_help_and_parsing_import_nothing_heavy():

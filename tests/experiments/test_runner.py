@@ -6,6 +6,8 @@ from functools import partial
 import pandas as pd
 import pytest
 
+from m2helpers.engine.losses import Diverged
+from m2helpers.engine.resume import has_state
 from m2helpers.evaluation.measure import evaluate
 from m2helpers.experiments import runner as experiments
 from m2helpers.experiments.planning import Plan
@@ -153,6 +155,84 @@ def test_every_shipped_record_belongs_to_the_shipped_base():
     }
     hashes |= {str(path): row["base_sha256"] for path in folder.rglob("metrics.json") for row in read_json(path)}
     assert len(hashes) > 30 and {path for path, found in hashes.items() if found != base} == set()
+
+
+@pytest.fixture
+def diverge(monkeypatch):
+    """Lets the runs that `which` picks by their settings diverge, once begun and saved; counts the tries."""
+    train, tries = experiments.train_lora, []
+
+    def among(which):
+        def trained(base, dataset, settings, folder, **options):
+            if not which(settings):
+                return train(base, dataset, settings, folder, **options)
+            tries.append(settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "state.safetensors").touch()
+            raise Diverged("step 2: the loss is no longer a number")
+
+        monkeypatch.setattr(experiments, "train_lora", trained)
+        return tries
+
+    return among
+
+
+def test_a_run_that_diverges_is_left_out_and_the_best_is_chosen_among_the_others(run, diverge, tmp_path):
+    plan = replace(PLAN, learning_rates=(1e-3, 1e-2), ranks=(2,), contexts=(32,), precisions=())
+    tries = diverge(lambda settings: settings.learning_rate == 1e-2 and settings.max_steps == 2 and settings.lora_r)
+    lost = [f"sweep/lr0.01-r2-n{n}-p2-seed0" for n in (48, 32)]  # of the grid, and of the context sweep
+    done, said = run(plan)
+    for name in lost:
+        assert f"{name}: diverged (step 2: the loss is no longer a number) and is left out" in said
+        folder = tmp_path / "out" / name
+        assert not has_state(folder) and not (folder / "metrics.json").exists()
+    others = set(sweep_table(tmp_path / "out")["run"])
+    assert others == {run.name for run in done.runs_of(["grid", "context"])} - set(lost)
+    assert best_of_grid(done, tmp_path / "out") is not None
+    assert (tmp_path / "out" / "final" / "metrics.json").is_file() and len(tries) == 2
+
+    _, said = run(plan, resume=True)  # they are not tried again, and it says so
+    for name in lost:
+        folder = tmp_path / "out" / name
+        expected = "diverged before (step 2: the loss is no longer a number) and is left out; delete"
+        assert f"{name}: {expected} {folder} to try it again" in said
+    assert len(tries) == 2
+
+    other = replace(
+        plan, initial=replace(INITIAL, batch_size=2)
+    )  # another setting, which the folder's name does not tell
+    diverge(lambda settings: False)
+    run(other, stages=["context"])
+    assert (tmp_path / "out" / lost[1] / "history.csv").is_file()
+    assert not (tmp_path / "out" / lost[1] / "diverged.json").exists()
+
+
+def test_where_the_whole_grid_diverges_the_long_runs_keep_their_rate(run, diverge, tmp_path):
+    plan = replace(PLAN, learning_rates=(1e-3,), ranks=(2,))
+    tries = diverge(lambda settings: settings.max_steps == 2)
+    done, _ = run(plan, stages=["grid", "final"])
+    assert done == plan and len(tries) == 2 and best_of_grid(plan, tmp_path / "out") is None
+    assert read_json(tmp_path / "out" / "final" / "config.json")["settings"]["learning_rate"] == 1e-5
+
+
+def test_a_long_run_that_diverges_ends_the_plan(run, diverge):
+    diverge(lambda settings: True)
+    with pytest.raises(Diverged, match="step 2"):
+        run(stages=["initial"])
+    with pytest.raises(Diverged, match="step 2"):
+        run(stages=["final"])
+
+
+def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch):
+    def none(base):
+        raise AssertionError("the base's own ledger was asked for")
+
+    for module in ("training", "forecasting"):
+        monkeypatch.setattr(f"m2helpers.{module}.default_ledger", none)
+    ledger = Ledger(tmp_path / "own.sqlite")
+    run(replace(PLAN, contexts=(32,)), stages=["untrained", "context"], ledger=ledger)
+    spent = {(entry["stage"], entry["kind"]) for entry in ledger.entries()}
+    assert spent == {("untrained", "generate"), *(("context", kind) for kind in ("train", "validate", "generate"))}
 
 
 def test_every_seed_of_a_long_run_is_measured(run, tmp_path):
