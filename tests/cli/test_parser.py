@@ -43,7 +43,7 @@ def test_help_of_train_says_what_the_stages_have(capsys):
     assert "A setting that is not given stays as the --stage of the base's plan has it." in text
     steps = " / ".join(str(stage.max_steps) for stage in STAGES.values())
     assert f"--max-steps INT Optimizer steps in all. (default: {steps})" in text
-    assert "--batch-size INT Windows a step. (default: 4)" in text
+    assert "--batch-size INT Windows of text per optimizer step. (default: 4)" in text
     assert "--stage {initial,final,extended}" in text
 
 
