@@ -5,15 +5,14 @@ Both go the same way: a folder in hub format is found (or fetched), read, and gi
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import psutil
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
@@ -28,9 +27,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .files import UserError, sha256_file
-from .paths import checkpoint_folder
-from .settings import EMBEDDED, default_model
+from .files import UserError, sha256_files
+from .paths import find_base, hub_files, is_hub_name, short_name, weight_files
+from .settings import default_model
 
 LARGE = 2**28  # bytes of weights; from there on, precision is a matter of time and memory
 transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
@@ -57,7 +56,7 @@ class Base:
     @property
     def short_name(self) -> str:
         """The last part of the name, for folders and headings: ``Qwen2.5-0.5B-Instruct``."""
-        return Path(self.name).name
+        return short_name(self.name)
 
     @property
     def pad_id(self) -> int:
@@ -88,8 +87,8 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
         more memory than is free.
     """
     name = name or default_model()
-    folder = _find_folder(name)
-    weights = sorted(folder.glob("model*.safetensors"))  # not a training state or an adapter beside them
+    folder = fetch_base(name)
+    weights = weight_files(folder)
     if not (folder / "config.json").is_file() or not weights:
         missing = "config.json" if weights else "model*.safetensors weights"
         raise UserError(f"{name}: no {missing} in {folder}; give a folder in hub format, as save_pretrained writes it")
@@ -127,7 +126,7 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     kept = model.generation_config
     ends = dict(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, bos_token_id=kept.bos_token_id)
     model.generation_config = GenerationConfig(do_sample=False, **ends)
-    return Base(model.to(device).eval(), tokenizer, name, _hash_files(weights))
+    return Base(model.to(device).eval(), tokenizer, name, sha256_files(weights))
 
 
 def choose_device() -> str:
@@ -153,7 +152,7 @@ def _check_memory(name: str, needed: int, device: str) -> None:
 
 def load_config(name: str):
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
-    folder = _find_folder(name, weights=False)
+    folder = fetch_base(name, weights=False)
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -235,25 +234,17 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocab, merges=[], **special)
 
 
-def _find_folder(name: str, weights: bool = True) -> Path:
-    if name == EMBEDDED:
-        return checkpoint_folder(EMBEDDED) / "base"
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+def fetch_base(name: str, *, weights: bool = True) -> Path:
+    """The folder of a base (`paths.find_base`), fetched from the hub where it is not on this machine yet (`UserError`)."""
+    folder = find_base(name, weights=weights)
+    if folder is not None:
+        return folder
+    if not is_hub_name(name):
         raise UserError(
             f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder"
         )
-    patterns = ["*.json", "*.txt", "*.safetensors"] if weights else ["config.json"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        needed = "model*.safetensors" if weights else "config.json"
-        if any(folder.glob(needed)):  # a cache can hold a config or a tokenizer alone
-            return folder
-    except (OSError, ValueError):
-        pass  # not in the cache yet, or no name that a hub could know: the next error says which
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=hub_files(weights)))
     except Exception as error:  # the hub client raises many kinds
         if isinstance(error, GatedRepoError):
             remedy = "accept its licence on its page and 'hf auth login', or give a folder"
@@ -268,9 +259,3 @@ def _find_folder(name: str, weights: bool = True) -> Path:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _hash_files(paths: list[Path]) -> str:
-    """One hash for a model, sharded or not: the file's own, or that of the shards' hashes in order."""
-    hashes = [sha256_file(path) for path in paths]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

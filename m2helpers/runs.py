@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel
 
 from .data import Dataset
 from .engine.resume import delete_state, has_state
-from .files import UserError, read_json, sha256_json, write_text
+from .files import UserError, atomic_folder, read_json, sha256_json, write_text
 from .lora import load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
+from .paths import find_run
 from .settings import EMBEDDED, TrainSettings
 from .text import Codec, numeric_tokens
 
@@ -57,7 +57,7 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     UserError
         If the folder is not a finished run, or its base has changed since.
     """
-    folder = Path(folder)
+    folder = find_run(Path(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "settings_sha256" not in config:  # a base has a config.json as well
         raise UserError(f"{folder}: not a run folder (no config.json of a run); give one that 'train' wrote")
@@ -186,12 +186,8 @@ def export_run(folder: Path, output_dir: Path) -> None:
     if run.constrained:
         numeric = set(numeric_tokens(run.codec, run.base.tokenizer).tolist())
         model.generation_config.suppress_tokens = [t for t in range(model.config.vocab_size) if t not in numeric]
-    temporary = output_dir.with_name(output_dir.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    run.base.tokenizer.save_pretrained(temporary)
     card = (
-        (Path(folder) / "README.md")
+        (find_run(Path(folder)) / "README.md")
         .read_text(encoding="utf-8")
         .replace("library_name: peft", "library_name: transformers")
     )
@@ -200,8 +196,10 @@ def export_run(folder: Path, output_dir: Path) -> None:
         "`generation_config.json` as `sequence_bias`: `generate` adds it, a plain forward pass does not. Where a numeric "
         "head was trained, `suppress_tokens` there keeps `generate` to the characters of numbers.\n"
     )
-    write_text(temporary / "README.md", card + about)
-    temporary.rename(output_dir)
+    with atomic_folder(output_dir) as temporary:
+        model.save_pretrained(temporary)
+        run.base.tokenizer.save_pretrained(temporary)
+        write_text(temporary / "README.md", card + about)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, fields
 
 from .files import UserError
 from .flops.costs import Adaptation
+from .paths import EMBEDDED as EMBEDDED
 from .text import Codec
-
-EMBEDDED = "embedded"
-"""Name of the base that this project ships."""
 
 
 def default_model() -> str:

@@ -207,7 +207,7 @@ def test_a_hub_name_is_taken_from_the_cache_first(tiny_folder, monkeypatch):
         calls.append((name, local_files_only))
         return str(tiny_folder)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     base = load_base("someone/tiny-model")
     assert base.name == "someone/tiny-model" and base.short_name == "tiny-model"
     assert calls == [("someone/tiny-model", True)]
@@ -217,8 +217,7 @@ def test_a_cache_without_weights_is_completed(tiny_folder, tmp_path, monkeypatch
     """A cache that holds a model's config alone, because someone asked for that, is not the model."""
     shutil.copy(tiny_folder / "config.json", tmp_path)
     monkeypatch.setattr(
-        models,
-        "snapshot_download",
+        "huggingface_hub.snapshot_download",
         lambda name, allow_patterns, local_files_only=False: str(tmp_path if local_files_only else tiny_folder),
     )
     assert load_base("someone/tiny-model").model.config.hidden_size == 32
@@ -231,7 +230,7 @@ def test_a_configuration_is_fetched_without_the_weights(tiny_folder, monkeypatch
             raise FileNotFoundError
         return str(tiny_folder)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load_config("someone/large-model").hidden_size == 32
 
 
@@ -346,7 +345,7 @@ def test_any_failure_of_the_hub_is_one_line_with_its_remedy(monkeypatch, failure
     def download(*_, **__):
         raise failure if not __.get("local_files_only") else FileNotFoundError
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     message = _refusal("someone/some-model")
     assert str(failure).splitlines()[0] in message and remedy in message and "\n" not in message
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..data import load_dataset
 from ..files import UserError, atomic_path, write_json, write_text
-from ..paths import checkpoint_folder
+from ..paths import own_folder
 from ..series import read_series
 from ..simulator import SimulatorSettings, write_dataset
 from ..simulator import simulate as simulate_systems
@@ -75,8 +75,10 @@ def train(options) -> None:
 def experiments(options) -> None:
     from ..experiments.planning import find_plan, plan_of
     from ..experiments.runner import run_plan, sweep_table
+    from ..models import fetch_base
 
-    folder = options.output_dir or Path(os.path.relpath(checkpoint_folder(options.model)))  # records hold it
+    fetch_base(options.model)  # its weights say which folder is its own
+    folder = options.output_dir or Path(os.path.relpath(own_folder(options.model)))  # records hold it
     stages = {} if options.command == "experiments" else {"stages": [options.sweep]}
     plan = find_plan(options.plan) if options.plan else plan_of(options.model)
     plan = replace(plan, seeds=options.seeds)
@@ -131,6 +133,7 @@ def evaluate(options) -> None:
 
 def forecast(options) -> None:
     from ..forecasting import forecast, sample_forecasts
+    from ..ledger import default_ledger
 
     base, run, constrained = _load(options)
     series = read_series(options.file)
@@ -143,7 +146,7 @@ def forecast(options) -> None:
         except UserError as error:
             raise UserError(f"{options.file}, series {index}: {error}") from None
         codecs.append(own)
-    rows, invalid, how = [], 0, dict(constrained=constrained)
+    rows, invalid, how = [], 0, dict(constrained=constrained, ledger=default_ledger(base))  # opened once
     for index, (values, codec) in enumerate(zip(series, codecs, strict=True)):
         if options.samples:
             drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
@@ -219,18 +222,17 @@ def _config(name: str):
 
 
 def ledger(options) -> None:
-    from ..ledger import COLUMNS, default_ledger
+    from ..ledger import COLUMNS, ledger_note, ledger_path, read_ledger
 
-    ledger = default_ledger(options.model)
-    report = ledger.to_json()
+    path = ledger_path(options.model)
+    report = read_ledger(path)
     entries = pd.DataFrame(report["entries"], columns=COLUMNS)
     if options.json:
         write_json(options.json, report)
     if options.csv:
         write_text(options.csv, entries.to_csv(index=False))
-    print(
-        f"{ledger.path}: {report['spent']:.4g} FLOPs spent or reserved, {report['left']:.4g} left of {report['cap']:.0e}"
-    )
+    spent = f"{report['spent']:.4g} FLOPs spent or reserved" if len(entries) else "nothing has been spent yet"
+    print(f"{path}{ledger_note(options.model, path)}: {spent}, {report['left']:.4g} left of {report['cap']:.0e}")
     if len(entries):
         table = entries.groupby(["stage", "run", "kind"], sort=False)[["tokens", "flops", "flops_course"]].sum()
         table["share of the cap"] = (table["flops"] / report["cap"]).map("{:.4%}".format)

@@ -29,7 +29,7 @@ from ..engine.attention import attend_lean
 from ..engine.loop import Stopped, stop_on_signal
 from ..engine.losses import refuse_nan
 from ..engine.resume import delete_state, has_state, load_state, save_state
-from ..files import UserError, read_json, write_json, write_text
+from ..files import UserError, apply_umask, read_json, write_json, write_text
 from ..flops.account import forward_account
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
@@ -168,6 +168,7 @@ def pretrain(
     record["total"] = {key: sum(sitting[key] for sitting in sittings) for key in ("tokens", "flops", "seconds")}
     model.eval().save_pretrained(output_dir)
     embedded_tokenizer().save_pretrained(output_dir)
+    apply_umask(output_dir)
     write_json(output_dir / "pretraining.json", record)
     write_text(output_dir / "README.md", model_card(record))
     delete_state(output_dir)
