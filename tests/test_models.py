@@ -190,14 +190,15 @@ def test_the_environment_names_the_default(tiny_folder, monkeypatch):
     assert models.default_model() == "embedded"
 
 
-def test_embedded_is_the_shipped_folder(tiny_folder, tmp_path, monkeypatch):
-    assert paths.checkpoint_folder("embedded") == paths.CHECKPOINTS / "embedded"
-    assert paths.checkpoint_folder(str(paths.CHECKPOINTS / "embedded" / "base")) == paths.CHECKPOINTS / "embedded"
-    assert paths.checkpoint_folder("Qwen/Qwen2.5-0.5B-Instruct").name == "Qwen2.5-0.5B-Instruct"
-    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
-    (tmp_path / "embedded").mkdir()
-    (tmp_path / "embedded" / "base").symlink_to(tiny_folder)
-    assert load_base("embedded").short_name == "embedded"
+def test_embedded_is_the_shipped_folder(tiny_folder, monkeypatch):
+    monkeypatch.setattr(paths, "EMBEDDED_BASE", tiny_folder)
+    base = load_base("embedded")
+    assert base.short_name == "embedded" and base.sha256 == load_base(str(tiny_folder)).sha256
+
+
+def test_a_folder_named_by_dots_is_called_by_its_own_name(tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder)
+    assert load_base(".").short_name == tiny_folder.name
 
 
 def test_a_hub_name_is_taken_from_the_cache_first(tiny_folder, monkeypatch):

@@ -129,8 +129,8 @@ def all_pages() -> list[Path]:
 
 def fill_pages() -> list[Path]:
     """Fill the blocks of every page; return those that changed."""
-    contents, changed = blocks(), []
-    for page in all_pages():
+    pages, contents, changed = all_pages(), blocks(), []
+    for page in pages:
         before = page.read_text(encoding="utf-8")
         after = fill_blocks(before, contents)
         if after != before:

@@ -13,7 +13,7 @@ from ..evaluation.measure import evaluate_baselines
 from ..evaluation.protocols import P5_CONTEXTS
 from ..evaluation.scores import Result, from_json, paired_change
 from ..files import UserError, read_json
-from ..paths import BASELINE_CACHE, DATA_FILE, checkpoint_folder, find_base
+from ..paths import BASELINE_CACHE, DATA_FILE, checkpoint_folder
 from ..settings import EMBEDDED, default_model
 from ..text import Codec, fit_scale
 from .findings import NO_FORECAST, markdown_header, seed_records
@@ -39,8 +39,11 @@ PUBLISHED_TRAINABLE = 242_688  # parameters, for LoRA on q and v of Qwen2.5-0.5B
 def recorded_base(stage: str = "initial") -> str:
     """The base whose records a page shows: the one chosen (`default_model`) where it has that stage, else ``embedded``."""
     name = default_model()
-    known = find_base(name) is not None
-    return name if known and (checkpoint_folder(name) / STAGE_FOLDERS[stage] / "metrics.json").is_file() else EMBEDDED
+    try:
+        recorded = (checkpoint_folder(name) / STAGE_FOLDERS[stage] / "metrics.json").is_file()
+    except UserError:  # a base that is not on this machine has no records here
+        recorded = False
+    return name if recorded else EMBEDDED
 
 
 def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:
