@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import psutil
 
@@ -201,7 +201,7 @@ class Ledger:
         with self._transaction() as database:
             self._bury_the_dead(database)
             rows = database.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY id").fetchall()
-        return [Entry(**dict(zip(COLUMNS, row, strict=True))) for row in rows]
+        return [cast(Entry, dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
     def spent(self) -> int:
         """FLOPs that are gone, and those that are reserved now."""

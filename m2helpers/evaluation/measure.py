@@ -57,8 +57,8 @@ def evaluate(
     trajectories = dataset.part(split)[:limit]
     lengths = contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]
     cases_of = {n: make_cases(trajectories, codec, protocol, n) for n in lengths}  # refused before anything is spent
-    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained)
-    how["ledger"] = ledger or default_ledger(base)  # opened once, not for every batch
+    ledger = ledger or default_ledger(base)  # opened once, not for every batch
+    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained, ledger=ledger)
     for context, cases in cases_of.items():
         n_variables = trajectories.shape[2]
         started, forecasts, flops = time.perf_counter(), [], 0
