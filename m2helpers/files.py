@@ -6,22 +6,56 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+
+_BLOCK = 4096  # bytes: what a probe writes, for a full disk still makes empty files
 
 
 class UserError(ValueError):
     """A mistake the user can mend: its message is one line that names the file, the value and the remedy."""
 
 
+# ---------------------------------------------------------------- writing
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse a file that could not be written, before work begins that would be lost. Nothing is left behind.
+
+    Raises
+    ------
+    UserError
+        If it is a folder, or there is no right or no room to write it.
+    """
+    path = Path(path)
+    try:
+        found = _stat(path)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if found is not None and _descriptor(found) is None and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "no right to write it")
+        if found is None or stat.S_ISREG(found.st_mode):
+            target = Path(os.path.realpath(path))
+            _new_file_mode(next(folder for folder in target.parents if folder.exists()), target.name)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file, or mend that") from None
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on failure delete it.
+    """Yield a temporary path; on success flush what was written there to disk and put it in place, else delete it.
 
-    A reader never sees a half-written file, and a crash leaves the old one in place.
+    A reader never sees a half-written file, and a crash leaves the old one in place, whose mode the new one keeps. Of a
+    symbolic link the target is written. What is no regular file (a pipe, ``/dev/null``, ``/dev/stdout``) is never
+    replaced: it receives the bytes when they are all there.
 
     Parameters
     ----------
@@ -30,22 +64,63 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises
     ------
+    UserError
+        Before anything is written, as `check_writable`.
     OSError
-        With the file's name, if it cannot be written.
+        With the file's name, if it cannot be written all the same.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    check_writable(path)
     try:
-        yield temporary
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        found = _stat(path)
+        if found is not None and (_descriptor(found) is not None or not stat.S_ISREG(found.st_mode)):
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder) / "whole"
+                yield temporary
+                _send(temporary, path, _descriptor(found))
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = _new_file_mode(target.parent, target.name)
+        temporary = _part(target.parent, target.name)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as stream:
+                os.fsync(stream.fileno())
+            if found is not None:
+                with suppress(OSError, AttributeError):  # only root can give files away, and Windows has no owners
+                    os.chown(temporary, found.st_uid, found.st_gid)
+            temporary.chmod(mode if found is None else stat.S_IMODE(found.st_mode))  # safetensors makes it private
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:  # of a full disk, some libraries tell neither file nor number
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(path)) from error
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which must not exist; on success rename it, on failure delete it."""
+    path = Path(os.path.abspath(path))
+    temporary = _part(path.parent, path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        apply_umask(temporary)
+        temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def apply_umask(folder: str | os.PathLike) -> None:
+    """Give the private files in a folder the mode that the umask asks for: `safetensors` makes its own private."""
+    mode, private = _new_file_mode(Path(folder), "mode"), stat.S_IRUSR | stat.S_IWUSR
+    for path in Path(folder).iterdir():
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == private:
+            path.chmod(mode)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -59,7 +134,50 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> object:
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # or a link to nothing, which makes its target
+        return None
+
+
+def _part(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{os.getpid()}.part"
+
+
+def _new_file_mode(folder: Path, name: str) -> int:
+    """The mode that the system gives a new file in a folder; an `OSError` where there is no right or no room for one."""
+    probe = _part(folder, name)
+    try:
+        with open(probe, "wb") as stream:
+            stream.write(bytes(_BLOCK))
+            stream.flush()
+            return stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _descriptor(found: os.stat_result) -> int | None:
+    """1 or 2 if a file is what standard output or standard error goes to: opened anew, it would begin at its start."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _send(source: Path, path: Path, descriptor: int | None) -> None:
+    """Write a file's bytes to something that is no regular file, or to an open descriptor."""
+    print(end="", flush=True)  # what was printed before comes before
+    own = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)  # neither made nor cut short
+    with open(source, "rb") as stream, open(own, "wb") as out:
+        shutil.copyfileobj(stream, out)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(path: str | os.PathLike) -> Any:  # what is in it is for the reader to know, and to check
     """Read a JSON file.
 
     Raises
@@ -81,6 +199,23 @@ def sha256_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_files(paths: Sequence[Path]) -> str:
+    """One hash for a model, sharded or not: the file's own, or that of the shards' hashes in order.
+
+    A process reads a file once, and again when its size or time has changed: one of 1 GB takes a second.
+    """
+    hashes = []
+    for path in paths:
+        found = path.stat()
+        hashes.append(_sha256_once(os.path.abspath(path), found.st_size, found.st_mtime_ns))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@lru_cache(maxsize=128)
+def _sha256_once(path: str, size: int, modified: int) -> str:
+    return sha256_file(path)
 
 
 def sha256_json(value: object) -> str:

@@ -15,14 +15,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict, cast
 
 import psutil
 
 from .files import UserError
 from .flops.account import CAP
 from .flops.costs import Cost
-from .paths import checkpoint_folder
+from .paths import EMBEDDED, EMBEDDED_BASE, folder_of, own_folder, short_name
 
 APPLICATION_ID = 0x4D32464C  # in the file's header: a database that is not a ledger is told from one that is
 COLUMNS = ("id", "time", "run", "stage", "kind", "settings_sha256", "tokens", "flops", "flops_course", "state")
@@ -49,6 +49,30 @@ class CapReached(UserError):
     """The work asked for does not fit under the cap any more."""
 
 
+class Entry(TypedDict):
+    """One row of the ledger: `COLUMNS`."""
+
+    id: int
+    time: str
+    run: str
+    stage: str
+    kind: str
+    settings_sha256: str
+    tokens: int
+    flops: int
+    flops_course: int
+    state: str
+
+
+class Report(TypedDict):
+    """What ``ledger --json`` writes."""
+
+    cap: int
+    spent: int
+    left: int
+    entries: list[Entry]
+
+
 @dataclass(frozen=True)
 class Spender:
     """Whose spending it is; what an entry names."""
@@ -71,6 +95,10 @@ class Payer(Protocol):
     @property
     def short_name(self) -> str:
         """The last part of that."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights: which base it is, whatever it is called."""
 
     @property
     def run(self) -> str | None:
@@ -168,27 +196,28 @@ class Ledger:
                 for kind, row in rows.items():
                     _settle(database, row, bill.spent[kind])
 
-    def entries(self) -> list[dict]:
+    def entries(self) -> list[Entry]:
         """Every entry, oldest first: a mapping of `COLUMNS`."""
         with self._transaction() as database:
             self._bury_the_dead(database)
             rows = database.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY id").fetchall()
-        return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        return [cast(Entry, dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
     def spent(self) -> int:
         """FLOPs that are gone, and those that are reserved now."""
         with self._transaction() as database:
             return _total(database)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> Report:
         """What ``ledger --json`` writes: `cap`, `spent`, `left`, `entries`."""
-        entries = self.entries()
-        spent = sum(entry["flops"] for entry in entries)
-        return {"cap": self.cap, "spent": spent, "left": self.cap - spent, "entries": entries}
+        return _report(self.entries(), self.cap)
 
     def _create(self) -> None:
         """Make the file under another name and link it into place: nobody ever sees it half made, or empty."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         temporary.unlink(missing_ok=True)
         try:
@@ -203,7 +232,7 @@ class Ledger:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _unwritable(self, error: sqlite3.OperationalError) -> UserError:
+    def _unwritable(self, error: sqlite3.OperationalError | OSError) -> UserError:
         return UserError(
             f"{self.path}: the ledger cannot be written ({error}); free it, or set M2_LEDGER to another file"
         )
@@ -221,7 +250,8 @@ class Ledger:
                 try:
                     yield database
                 except BaseException:
-                    database.execute("ROLLBACK")
+                    if database.in_transaction:  # of a full disk SQLite has rolled back itself
+                        database.execute("ROLLBACK")
                     raise
                 database.execute("COMMIT")
         except sqlite3.OperationalError as error:  # locked, read-only, deleted, disk full
@@ -238,15 +268,46 @@ class Ledger:
                 database.execute("UPDATE entries SET state = 'lost' WHERE id = ?", (row,))
 
 
+def ledger_path(base: Payer | str) -> Path:
+    """Where the ledger of a base is, if anything was spent on it: ``ledger.sqlite`` in its folder under ``checkpoint/``
+    (`paths.own_folder`), or the file that the variable ``M2_LEDGER`` names.
+
+    Raises
+    ------
+    UserError
+        If the name of a base is given that is not on this machine.
+    """
+    folder = own_folder(base) if isinstance(base, str) else folder_of(base.name, base.sha256)
+    named = os.environ.get("M2_LEDGER")
+    return Path(named) if named else folder / "ledger.sqlite"
+
+
+def ledger_note(name: str, path: Path) -> str:
+    """What has to be said beside a ledger that does not bear the name of the base whose it is; else empty."""
+    shipped = name == EMBEDDED or Path(name).resolve() == EMBEDDED_BASE.resolve()
+    if os.environ.get("M2_LEDGER") or shipped or path.parent.name.startswith(f"{short_name(name)}-"):
+        return ""
+    return f" (of the same weights as {name}: one base, whatever a copy is called)"
+
+
 def default_ledger(base: Payer | str) -> Ledger:
-    """The ledger of a base: ``checkpoint/<base>/ledger.sqlite``, or the file that the variable ``M2_LEDGER`` names."""
-    return Ledger(
-        os.environ.get("M2_LEDGER") or checkpoint_folder(base if isinstance(base, str) else base.name) / "ledger.sqlite"
-    )
+    """The ledger of a base, made when it does not exist (see `ledger_path`)."""
+    return Ledger(ledger_path(base))
+
+
+def read_ledger(path: Path) -> Report:
+    """What a ledger holds. Nothing has been spent where there is no file, and none is made."""
+    return Ledger(path).to_json() if path.exists() else _report([], CAP)
+
+
+def _report(entries: list[Entry], cap: int) -> Report:
+    spent = sum(entry["flops"] for entry in entries)
+    return {"cap": cap, "spent": spent, "left": cap - spent, "entries": entries}
 
 
 def _total(database: sqlite3.Connection) -> int:
-    return database.execute("SELECT coalesce(sum(flops), 0) FROM entries").fetchone()[0]
+    (total,) = database.execute("SELECT coalesce(sum(flops), 0) FROM entries").fetchone()
+    return total
 
 
 def _insert(database: sqlite3.Connection, spender: Spender, kind: str, cost: Cost) -> int:
@@ -254,7 +315,9 @@ def _insert(database: sqlite3.Connection, spender: Spender, kind: str, cost: Cos
     amounts = (cost.tokens, cost.flops, cost.flops_course)
     values = (_now(), spender.run, spender.stage, kind, spender.settings_sha256, *amounts, "reserved", _owner())
     places = ", ".join("?" * len(names))
-    return database.execute(f"INSERT INTO entries ({', '.join(names)}) VALUES ({places})", values).lastrowid
+    row = database.execute(f"INSERT INTO entries ({', '.join(names)}) VALUES ({places})", values).lastrowid
+    assert row is not None  # it is after an INSERT that went well
+    return row
 
 
 def _settle(database: sqlite3.Connection, row: int, cost: Cost) -> None:

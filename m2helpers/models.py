@@ -5,7 +5,6 @@ Both go the same way: a folder in hub format is found (or fetched), read, and gi
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import psutil
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 from transformers import (
@@ -40,9 +39,9 @@ from .engine.modelfiles import (
     read_config,
     unloadable,
 )
-from .files import UserError, sha256_file
-from .paths import checkpoint_folder
-from .settings import EMBEDDED, default_model
+from .files import UserError, sha256_files
+from .paths import find_base, hub_files, is_hub_name, short_name, weight_files
+from .settings import default_model
 
 LARGE = 2**28  # bytes of weights; from there on, precision is a matter of time and memory
 transformers.utils.logging.disable_progress_bar()  # it would stay behind in notebooks
@@ -69,7 +68,7 @@ class Base:
     @property
     def short_name(self) -> str:
         """The last part of the name, for folders and headings: ``Qwen2.5-0.5B-Instruct``."""
-        return Path(self.name).name
+        return short_name(self.name)
 
     @property
     def pad_id(self) -> int:
@@ -101,9 +100,9 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     """
     name = name or default_model()
     _refuse_file(name)
-    folder = _find_folder(name)
+    folder = fetch_base(name)
     check_kind(name, folder)
-    weights = sorted(folder.glob("model*.safetensors"))  # not a training state or an adapter beside them
+    weights = weight_files(folder)  # not a training state or an adapter beside them
     check_weights(name, folder, weights)
     device = choose_device()
     stored = sum(path.stat().st_size for path in weights)
@@ -132,7 +131,7 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     ends = dict(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, bos_token_id=kept.bos_token_id)
     model.generation_config = GenerationConfig(do_sample=False, **ends)
     cast(nn.Module, model).to(device)  # in place; transformers' own `to` has no types
-    return Base(model.eval(), tokenizer, name, _hash_files(weights))
+    return Base(model.eval(), tokenizer, name, sha256_files(weights))
 
 
 def _refuse_file(name: str) -> None:
@@ -218,7 +217,7 @@ def _check_memory(name: str, needed: int, device: str) -> None:
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a base, without its weights (see `load_base` for names and errors)."""
     _refuse_file(name)
-    folder = _find_folder(name, weights=False)
+    folder = fetch_base(name, weights=False)
     check_kind(name, folder)
     try:
         return read_config(name, folder)
@@ -304,25 +303,17 @@ def embedded_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _find_folder(name: str, weights: bool = True) -> Path:
-    if name == EMBEDDED:
-        return checkpoint_folder(EMBEDDED) / "base"
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+def fetch_base(name: str, *, weights: bool = True) -> Path:
+    """The folder of a base (`paths.find_base`), fetched from the hub where it is not on this machine yet (`UserError`)."""
+    folder = find_base(name, weights=weights)
+    if folder is not None:
+        return folder
+    if not is_hub_name(name):
         raise UserError(
             f"{name}: no such folder; give 'embedded', a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or a folder"
         )
-    patterns = ["*.json", "*.txt", "*.safetensors"] if weights else ["config.json"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        needed = "model*.safetensors" if weights else "config.json"
-        if any(folder.glob(needed)):  # a cache can hold a config or a tokenizer alone
-            return folder
-    except (OSError, ValueError):
-        pass  # not in the cache yet, or no name that a hub could know: the next error says which
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=hub_files(weights)))
     except Exception as error:  # the hub client raises many kinds
         if isinstance(error, GatedRepoError):
             remedy = "accept its licence on its page and 'hf auth login', or give a folder"
@@ -333,9 +324,3 @@ def _find_folder(name: str, weights: bool = True) -> Path:
         raise UserError(
             f"{name}: not in the local cache and not fetched from the hub ({type(error).__name__}: {one_line(error)}); {remedy}"
         ) from error
-
-
-def _hash_files(paths: list[Path]) -> str:
-    """One hash for a model, sharded or not: the file's own, or that of the shards' hashes in order."""
-    hashes = [sha256_file(path) for path in paths]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

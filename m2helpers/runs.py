@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,9 +26,10 @@ from transformers import PreTrainedModel
 from .data import Dataset
 from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from .engine.resume import delete_state, has_state
-from .files import UserError, read_json, sha256_file, sha256_json, write_text
+from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json, write_text
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
+from .paths import find_run
 from .settings import EMBEDDED, Recorded, Setting, TrainSettings, canonical, changes
 from .text import Codec, numeric_tokens
 
@@ -93,7 +93,7 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
     UserError
         If the folder is not a finished run, or its base has changed since.
     """
-    folder = Path(folder)
+    folder = find_run(Path(folder))
     config = read_config(folder)
     if config is None and not (folder / CONFIG_NAME).is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: holds a peft adapter, not a run; give --model BASE --adapter {folder}")
@@ -318,12 +318,8 @@ def export_run(folder: Path, output_dir: Path) -> None:
     if run.constrained:
         numeric = set(numeric_tokens(run.codec, run.base.tokenizer).tolist())
         model.generation_config.suppress_tokens = [t for t in range(model.config.vocab_size) if t not in numeric]
-    temporary = output_dir.with_name(output_dir.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    run.base.tokenizer.save_pretrained(temporary)
     card = (
-        (Path(folder) / "README.md")
+        (find_run(Path(folder)) / "README.md")
         .read_text(encoding="utf-8")
         .replace("library_name: peft", "library_name: transformers")
     )
@@ -332,8 +328,10 @@ def export_run(folder: Path, output_dir: Path) -> None:
         "`generation_config.json` as `sequence_bias`: `generate` adds it, a plain forward pass does not. Where a numeric "
         "head was trained, `suppress_tokens` there keeps `generate` to the characters of numbers.\n"
     )
-    write_text(temporary / "README.md", card + about)
-    temporary.rename(output_dir)
+    with atomic_folder(output_dir) as temporary:
+        model.save_pretrained(temporary)
+        run.base.tokenizer.save_pretrained(temporary)
+        write_text(temporary / "README.md", card + about)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, TypeAlias, get_type_hints
 
 from .files import UserError
 from .flops.costs import Adaptation
+from .paths import EMBEDDED as EMBEDDED
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Setting: TypeAlias = bool | int | float | tuple[str, ...]
 Recorded: TypeAlias = Setting | str | list[str]  # as JSON gives it back
-
-EMBEDDED = "embedded"
-"""Name of the base that this project ships."""
 
 
 def default_model() -> str:

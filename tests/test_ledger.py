@@ -5,12 +5,25 @@ import sqlite3
 import subprocess
 import sys
 
+import h5py
+import numpy as np
 import pytest
 
+from m2helpers.__main__ import main
 from m2helpers.files import UserError
 from m2helpers.flops.account import CAP
 from m2helpers.flops.costs import Cost
-from m2helpers.ledger import COLUMNS, CapReached, Ledger, Spender, default_ledger
+from m2helpers.ledger import (
+    COLUMNS,
+    CapReached,
+    Ledger,
+    Spender,
+    default_ledger,
+    ledger_note,
+    ledger_path,
+    read_ledger,
+)
+from m2helpers.paths import EMBEDDED_BASE
 from tests.campaigns.ledger import campaign
 
 WHO = Spender("some-run", "initial", "abc")
@@ -149,21 +162,140 @@ def test_a_folder_that_takes_no_ledger_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", refuse)
     with pytest.raises(UserError, match=r"new.sqlite: the ledger cannot be written \(unable to open"):
         Ledger(tmp_path / "new.sqlite")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"new.sqlite: the ledger cannot be written \(.*File exists"):
+        Ledger(tmp_path / "file" / "new.sqlite")
 
 
-def test_the_file_is_the_one_the_variable_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "deep" / "here.sqlite"))
-    assert default_ledger("embedded").path == tmp_path / "deep" / "here.sqlite"
-    monkeypatch.delenv("M2_LEDGER")
-    monkeypatch.setattr("m2helpers.paths.CHECKPOINTS", tmp_path)
-    assert default_ledger("Qwen/Qwen2.5-0.5B").path == tmp_path / "Qwen2.5-0.5B" / "ledger.sqlite"
-    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["here.sqlite"]  # nothing half made beside it
+def test_a_full_disk_is_told_as_sqlite_tells_it(ledger, monkeypatch):
+    """SQLite has rolled back itself by then: to do it again would be the error that is seen."""
+    connect = sqlite3.connect
+
+    def full(*arguments, **options):
+        database = connect(*arguments, **options)
+        pages = database.execute("PRAGMA page_count").fetchone()[0]
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    cause = r"ledger.sqlite: the ledger cannot be written \(database or disk is full\); free it, or set M2_LEDGER"
+    with pytest.raises(UserError, match=cause):
+        for _ in range(1000):
+            with ledger.reserve(Spender("long name " * 20, "initial"), train=Cost(1, 1, 1)) as bill:
+                bill.add("train", Cost(1, 1, 1))
+    monkeypatch.undo()
+    assert 0 < ledger.spent() == len(ledger.entries()) < 1000  # what was settled is kept
+
+
+# ---------------------------------------------------------------- whose it is
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A place of its own for folders of bases, and no variable that names another ledger."""
+    monkeypatch.delenv("M2_LEDGER", raising=False)
+    monkeypatch.setattr("m2helpers.paths.CHECKPOINTS", tmp_path / "checkpoint")
+    return tmp_path
+
+
+@pytest.fixture
+def net(home):
+    """Makes a folder with weights; the ledger asks for no more."""
+
+    def make(name, weights):
+        (home / name).mkdir(parents=True, exist_ok=True)
+        (home / name / "model.safetensors").write_bytes(weights)
+        return str(home / name)
+
+    return make
+
+
+def test_the_file_is_the_one_the_variable_names(home, monkeypatch):
+    assert default_ledger("embedded").path == home / "checkpoint" / "embedded" / "ledger.sqlite"
+    monkeypatch.setenv("M2_LEDGER", str(home / "deep" / "here.sqlite"))
+    assert default_ledger("embedded").path == home / "deep" / "here.sqlite"
+    assert sorted(p.name for p in (home / "deep").iterdir()) == ["here.sqlite"]  # nothing half made beside it
+
+
+def test_two_bases_whose_folders_end_alike_share_nothing(net, home):
+    one, other = (ledger_path(net(f"{side}/net", side.encode() * 9)) for side in "ab")
+    assert one.parent.parent == other.parent.parent == home / "checkpoint" and one.parent != other.parent
+    assert {path.parent.name.rpartition("-")[0] for path in (one, other)} == {"net"}
+    with Ledger(one).reserve(WHO, train=_cost(600)) as bill:
+        bill.add("train", _cost(600))
+    assert read_ledger(one)["spent"] == 600 and read_ledger(other)["spent"] == 0
+
+
+def test_a_copy_is_the_same_base(net, home):
+    """Its weights are, whatever it is called: a budget cannot be had twice by copying a folder."""
+    default_ledger(net("a/net", b"weights"))
+    path = ledger_path(net("b/other", b"weights"))
+    assert path == ledger_path(str(home / "a" / "net")) and path.is_file()
+    assert "one base" in ledger_note(str(home / "b" / "other"), path) and not ledger_note("a/net", path)
+    (home / "b" / "other" / "model.safetensors").write_bytes(b"trained!")
+    assert ledger_path(str(home / "b" / "other")) != path
+
+
+def test_a_loaded_base_and_its_name_have_one_ledger(home, tiny_base, tiny_folder):
+    base = tiny_base()
+    assert ledger_path(base) == ledger_path(str(tiny_folder))
+    assert ledger_path(base).parent.name == f"tiny-{base.sha256[:8]}"
+
+
+def test_only_the_shipped_weights_are_the_embedded_base(net, home):
+    copy = net("copy", (EMBEDDED_BASE / "model.safetensors").read_bytes())
+    ours = home / "checkpoint" / "embedded" / "ledger.sqlite"
+    assert ledger_path("embedded") == ledger_path(str(EMBEDDED_BASE)) == ledger_path(copy) == ours
+    assert ledger_path(net("embedded", b"other weights")).parent.name.startswith("embedded-")
+
+
+def test_reading_makes_no_file(net, home, capsys):
+    """Neither of a base that never spent, nor of a name that is mistyped."""
+    assert main(["ledger", "--model", net("a/net", b"weights"), "--json", str(home / "spent.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing has been spent yet, 1e+17 left of 1e+17" in printed and printed.count("\n") == 1
+    assert json.loads((home / "spent.json").read_text()) == {"cap": CAP, "spent": 0, "left": CAP, "entries": []}
+    assert main(["ledger", "--model", "embeded"]) == 1
+    assert capsys.readouterr().err.startswith("m2helpers ledger: embeded: no such model; give 'embedded', a folder")
+    (home / "empty").mkdir()
+    assert main(["ledger", "--model", str(home / "empty")]) == 1
+    assert "no model*.safetensors weights in" in capsys.readouterr().err
+    assert not (home / "checkpoint").exists()
+
+
+def test_a_hub_name_that_is_not_in_the_cache_is_not_fetched(home, capsys, monkeypatch):
+    asked = []
+
+    def download(name, local_files_only=False, **_):
+        asked.append(local_files_only)
+        raise FileNotFoundError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert main(["ledger", "--model", "someone/some-model"]) == 1
+    assert "someone/some-model: not in the hub's local cache" in capsys.readouterr().err
+    assert asked and all(asked) and not (home / "checkpoint").exists()
+
+
+def test_a_forecast_opens_its_ledger_once(home, tiny_folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        Ledger, "__init__", lambda *arguments, __init__=Ledger.__init__: opened.append(1) or __init__(*arguments)
+    )
+    with h5py.File(home / "three.h5", "w") as file:
+        file["trajectories"] = np.random.default_rng(0).random((3, 8, 1)) + 1
+    command = ["forecast", str(home / "three.h5"), "--model", str(tiny_folder), "--steps", "2", "--constrained"]
+    for samples, expected in (("0", 1), ("2", 2)):
+        assert main([*command, "--samples", samples, "--out", str(home / "out.csv")]) == 0
+        assert len(opened) == expected
 
 
 def test_the_ledger_needs_no_torch():
+    """Nor does a base that is given by its folder, or by the name that it has in the hub's cache."""
     program = (
-        "import m2helpers.ledger, m2helpers.__main__ as m, sys; m.parse(['ledger']); sys.exit('torch' in sys.modules)"
+        "import m2helpers.ledger as l, m2helpers.__main__ as m, sys; m.parse(['ledger']); l.ledger_path('embedded')"
     )
+    program += "; from m2helpers.paths import EMBEDDED_BASE, is_embedded; l.ledger_path(str(EMBEDDED_BASE))"
+    program += "; is_embedded('someone/some-model'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

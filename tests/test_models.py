@@ -190,14 +190,15 @@ def test_the_environment_names_the_default(tiny_folder, monkeypatch):
     assert models.default_model() == "embedded"
 
 
-def test_embedded_is_the_shipped_folder(tiny_folder, tmp_path, monkeypatch):
-    assert paths.checkpoint_folder("embedded") == paths.CHECKPOINTS / "embedded"
-    assert paths.checkpoint_folder(str(paths.CHECKPOINTS / "embedded" / "base")) == paths.CHECKPOINTS / "embedded"
-    assert paths.checkpoint_folder("Qwen/Qwen2.5-0.5B-Instruct").name == "Qwen2.5-0.5B-Instruct"
-    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
-    (tmp_path / "embedded").mkdir()
-    (tmp_path / "embedded" / "base").symlink_to(tiny_folder)
-    assert load_base("embedded").short_name == "embedded"
+def test_embedded_is_the_shipped_folder(tiny_folder, monkeypatch):
+    monkeypatch.setattr(paths, "EMBEDDED_BASE", tiny_folder)
+    base = load_base("embedded")
+    assert base.short_name == "embedded" and base.sha256 == load_base(str(tiny_folder)).sha256
+
+
+def test_a_folder_named_by_dots_is_called_by_its_own_name(tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder)
+    assert load_base(".").short_name == tiny_folder.name
 
 
 def test_a_hub_name_is_taken_from_the_cache_first(tiny_folder, monkeypatch):
@@ -207,7 +208,7 @@ def test_a_hub_name_is_taken_from_the_cache_first(tiny_folder, monkeypatch):
         calls.append((name, local_files_only))
         return str(tiny_folder)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     base = load_base("someone/tiny-model")
     assert base.name == "someone/tiny-model" and base.short_name == "tiny-model"
     assert calls == [("someone/tiny-model", True)]
@@ -217,8 +218,7 @@ def test_a_cache_without_weights_is_completed(tiny_folder, tmp_path, monkeypatch
     """A cache that holds a model's config alone, because someone asked for that, is not the model."""
     shutil.copy(tiny_folder / "config.json", tmp_path)
     monkeypatch.setattr(
-        models,
-        "snapshot_download",
+        "huggingface_hub.snapshot_download",
         lambda name, allow_patterns, local_files_only=False: str(tmp_path if local_files_only else tiny_folder),
     )
     assert load_base("someone/tiny-model").model.config.hidden_size == 32
@@ -231,7 +231,7 @@ def test_a_configuration_is_fetched_without_the_weights(tiny_folder, monkeypatch
             raise FileNotFoundError
         return str(tiny_folder)
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load_config("someone/large-model").hidden_size == 32
 
 
@@ -346,7 +346,7 @@ def test_any_failure_of_the_hub_is_one_line_with_its_remedy(monkeypatch, failure
     def download(*_, **__):
         raise failure if not __.get("local_files_only") else FileNotFoundError
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     message = _refusal("someone/some-model")
     assert str(failure).splitlines()[0] in message and remedy in message and "\n" not in message
 

@@ -130,18 +130,17 @@ class Spent:
     def __call__(self) -> None:
         import pandas as pd
 
-        from ..ledger import COLUMNS, default_ledger
+        from ..ledger import COLUMNS, ledger_note, ledger_path, read_ledger
 
-        ledger = default_ledger(self.model)
-        report = ledger.to_json()
+        path = ledger_path(self.model)
+        report = read_ledger(path)
         entries = pd.DataFrame(report["entries"], columns=COLUMNS)
         if self.json:
             write_json(self.json, report)
         if self.csv:
             write_text(self.csv, entries.to_csv(index=False))
-        print(
-            f"{ledger.path}: {report['spent']:.4g} FLOPs spent or reserved, {report['left']:.4g} left of {report['cap']:.0e}"
-        )
+        spent = f"{report['spent']:.4g} FLOPs spent or reserved" if len(entries) else "nothing has been spent yet"
+        print(f"{path}{ledger_note(self.model, path)}: {spent}, {report['left']:.4g} left of {report['cap']:.0e}")
         if len(entries):
             table = entries.groupby(["stage", "run", "kind"], sort=False)[["tokens", "flops", "flops_course"]].sum()
             table["share of the cap"] = (table["flops"] / report["cap"]).map("{:.4%}".format)

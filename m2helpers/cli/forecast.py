@@ -43,19 +43,20 @@ class Forecast:
         import pandas as pd
 
         from ..forecasting import forecast, sample_forecasts
+        from ..ledger import default_ledger
         from ..series import read_series
 
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         series = read_series(self.file)
         codecs = self._codecs(series, run)  # all of them before the first forecast
-        rows, invalid = [], 0
+        rows, invalid, ledger = [], 0, default_ledger(base)  # opened once
         for index, (values, codec) in enumerate(zip(series, codecs, strict=True)):
             if self.samples:
-                how = dict(seed=self.seed, constrained=constrained)
+                how = dict(seed=self.seed, constrained=constrained, ledger=ledger)
                 drawn = sample_forecasts(base, codec, values, self.steps, self.samples, **how)
                 invalid += self.samples - len(drawn)
             else:
-                (likeliest,) = forecast(base, codec, [values], self.steps, constrained=constrained)
+                (likeliest,) = forecast(base, codec, [values], self.steps, constrained=constrained, ledger=ledger)
                 drawn = likeliest.values[np.newaxis]
                 invalid += len(drawn[0]) < self.steps
             for sample, path in enumerate(drawn):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..files import UserError
-from ..paths import DATA_FILE, checkpoint_folder
+from ..paths import DATA_FILE, own_folder
 from ..settings import STAGES, PretrainSettings, TrainSettings, default_model
 from .options import BaseName, DataFile, Flag, Folder, Track, changed, flags_of, one_of, show
 
@@ -125,8 +125,10 @@ class Experiments:
         from ..data import load_dataset
         from ..experiments.planning import STAGE_ORDER, find_plan, plan_of
         from ..experiments.runner import run_plan, sweep_table
+        from ..models import fetch_base
 
-        folder = self.output_dir or Path(os.path.relpath(checkpoint_folder(self.model)))  # records hold it
+        fetch_base(self.model)  # its weights say which folder is its own
+        folder = self.output_dir or Path(os.path.relpath(own_folder(self.model)))  # records hold it
         plan = replace(find_plan(self.plan) if self.plan else plan_of(self.model), seeds=self.seeds)
         if stages and not plan.runs_of(stages):
             raise UserError(

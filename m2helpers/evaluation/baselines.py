@@ -18,6 +18,7 @@ from scipy.optimize import OptimizeResult, least_squares
 from tqdm.auto import tqdm
 
 from ..files import UserError, atomic_path
+from ..paths import SHIPPED_BASELINES
 
 # Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which
 # has no logarithm.
@@ -293,7 +294,7 @@ def run_baselines(
     path = Path(cache) / f"{key}.npz"
     fingerprint = _fingerprint(cases, dt)
     ends = np.cumsum([steps for _, steps in cases])[:-1]
-    stored = _read_cache(path, fingerprint)
+    stored = _read_cache(path, fingerprint) or _read_cache(SHIPPED_BASELINES / path.name, fingerprint)
     if stored is None:
         forecasts: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
         for context, steps in tqdm(cases, desc="baselines", unit="window", leave=False, disable=not progress):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data import Dataset
 from ..forecasting import generate
-from ..ledger import Ledger
+from ..ledger import Ledger, default_ledger
 from ..models import Base
 from ..settings import LoraSettings
 from ..text import Codec
@@ -55,9 +55,10 @@ def evaluate(
         Where it is charged; by default the base's own (`default_ledger`).
     """
     trajectories = dataset.part(split)[:limit]
-    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained, ledger=ledger)
     lengths = contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]
     cases_of = {n: make_cases(trajectories, codec, protocol, n) for n in lengths}  # refused before anything is spent
+    ledger = ledger or default_ledger(base)  # opened once, not for every batch
+    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained, ledger=ledger)
     for context, cases in cases_of.items():
         n_variables = trajectories.shape[2]
         started, forecasts, flops = time.perf_counter(), [], 0

@@ -15,7 +15,7 @@ from ..evaluation.protocols import P5_CONTEXTS, PROTOCOLS, make_cases
 from ..files import UserError
 from ..flops.account import CAP
 from ..flops.costs import Cost, batch_costs, generation_cost
-from ..paths import checkpoint_folder
+from ..paths import is_embedded
 from ..settings import EVERY_LINEAR, STAGES, TrainSettings
 from ..text import Codec, fit_scale
 
@@ -173,7 +173,7 @@ PLANS = {
 
 def plan_of(base: str) -> Plan:
     """The plan that belongs to a base: the embedded one has its own, any other the published."""
-    return PLANS["embedded" if checkpoint_folder(base) == checkpoint_folder("embedded") else "qwen2.5-0.5b"]
+    return PLANS["embedded" if is_embedded(base) else "qwen2.5-0.5b"]
 
 
 def find_plan(name: str) -> Plan:

@@ -29,7 +29,7 @@ from ..engine.attention import attend_lean
 from ..engine.loop import run_steps
 from ..engine.losses import refuse_nan
 from ..engine.resume import delete_state, has_state, load_state, save_state
-from ..files import UserError, read_json, write_json, write_text
+from ..files import UserError, apply_umask, read_json, write_json, write_text
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base, embedded_config, embedded_tokenizer, load_base, mixed_precision
@@ -115,6 +115,7 @@ def pretrain(
     record = finished_record(state, settings, model)
     model.eval().save_pretrained(output_dir)
     embedded_tokenizer().save_pretrained(output_dir)
+    apply_umask(output_dir)
     write_json(output_dir / "pretraining.json", record)
     write_text(output_dir / "README.md", model_card(dict(record)))
     delete_state(output_dir)

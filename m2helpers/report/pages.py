@@ -11,7 +11,7 @@ import pandas as pd
 from ..data import load_dataset, statistics_table
 from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
-from ..paths import BENCHMARKS, ROOT, checkpoint_folder
+from ..paths import ROOT, SHIPPED_BENCHMARKS, checkpoint_folder
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .tables import headline_table
 
@@ -65,7 +65,7 @@ def benchmarks_table() -> str:
         "mae": "P5 error", "mae_change": "change (%)",
     }  # fmt: skip
     parts = []
-    for entry in read_json(BENCHMARKS).values() if BENCHMARKS.is_file() else []:
+    for entry in read_json(SHIPPED_BENCHMARKS).values() if SHIPPED_BENCHMARKS.is_file() else []:
         shown = [key for key in names if key in entry["rows"][0]]
         lines = markdown_header(*(names[key] for key in shown))
         for row in entry["rows"]:
@@ -115,14 +115,22 @@ def fill_blocks(text: str, contents: Mapping[str, str]) -> str:
 
 
 def all_pages() -> list[Path]:
-    """Every page that may hold marked blocks."""
+    """Every page that may hold marked blocks.
+
+    Raises
+    ------
+    UserError
+        If there are none: what is installed has the records, and no pages.
+    """
+    if not (ROOT / "docs" / "index.md").is_file():
+        raise UserError(f"{ROOT}: has no pages to fill; run this in a checkout, or set M2_HOME to one")
     return [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def fill_pages() -> list[Path]:
     """Fill the blocks of every page; return those that changed."""
-    contents, changed = blocks(), []
-    for page in all_pages():
+    pages, contents, changed = all_pages(), blocks(), []
+    for page in pages:
         before = page.read_text(encoding="utf-8")
         after = fill_blocks(before, contents)
         if after != before:

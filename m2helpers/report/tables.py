@@ -39,7 +39,11 @@ PUBLISHED_TRAINABLE = 242_688  # parameters, for LoRA on q and v of Qwen2.5-0.5B
 def recorded_base(stage: str = "initial") -> str:
     """The base whose records a page shows: the one chosen (`default_model`) where it has that stage, else ``embedded``."""
     name = default_model()
-    return name if (checkpoint_folder(name) / STAGE_FOLDERS[stage] / "metrics.json").is_file() else EMBEDDED
+    try:
+        recorded = (checkpoint_folder(name) / STAGE_FOLDERS[stage] / "metrics.json").is_file()
+    except UserError:  # a base that is not on this machine has no records here
+        recorded = False
+    return name if recorded else EMBEDDED
 
 
 def stage_results(base: str, protocol: str = "P5") -> dict[str, list[Result]]:

@@ -90,7 +90,7 @@ def test_the_pre_training_follows_its_record(tmp_path, monkeypatch):
 
 
 def test_the_benchmarks_follow_their_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "BENCHMARKS", tmp_path / "benchmarks.json")
+    monkeypatch.setattr(pages, "SHIPPED_BENCHMARKS", tmp_path / "benchmarks.json")
     assert report.benchmarks_table() == "No benchmark has been recorded."
     row = {"side": "theirs", "seconds": 12.345678, "ratio": 1.0, "times": [12.3], "peak_gb": 8.0, "peak_ratio": 1.0}
     entry = {
