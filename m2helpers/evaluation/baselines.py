@@ -194,13 +194,12 @@ def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
     for column, h in enumerate(_STARTS_H, start=1):
         starts[:6, column] = (np.log(_integral_matching(context, dt, h)) - _PRIOR_MEAN) / _PRIOR_SD
     order = np.argsort(np.square(residuals(starts)).sum(axis=0))
-    best = None
+    fits: list[OptimizeResult] = []
     for column in order[:_STARTS_KEPT]:
-        fit = _minimise(residuals, starts[:, column])
-        if best is None or fit.cost < best.cost:
-            best = fit
-        if best.cost < n:  # the mean squared residual is within the noise: no other start can do much better
+        fits.append(_minimise(residuals, starts[:, column]))
+        if fits[-1].cost < n:  # the mean squared residual is within the noise: no other start can do much better
             break
+    best = min(fits, key=lambda fit: fit.cost)
     forecast = trajectories(best.x[:, None], n + steps)[n:, :, 0]
     return forecast if np.all(np.isfinite(forecast)) else last_value(context, steps, dt)
 
@@ -301,7 +300,7 @@ def run_baselines(
                 forecasts[name].append(baseline(context, steps, dt))
         stored = {name: np.concatenate(parts) for name, parts in forecasts.items()}
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, fingerprint=np.array(fingerprint), **stored)
+            np.savez(stream, fingerprint=np.array(fingerprint), **stored)  # type: ignore[arg-type]  # none is `allow_pickle`
     return {name: np.split(stored[name], ends) for name in BASELINES}
 
 
