@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from transformers import Cache, PreTrainedModel
 
 from .engine.attention import attend_lean
 from .engine.kvcache import joined, make_cache, rows_at_once
 from .files import UserError
-from .flops.costs import generation_cost
+from .flops.costs import Adaptation, generation_cost
 from .ledger import Ledger, default_ledger, spender_of
 from .models import Base
 from .settings import LoraSettings
@@ -44,6 +47,22 @@ class Forecast:
     flops: int
 
 
+class Options(TypedDict, total=False):
+    """How to decode, as in `generate`."""
+
+    batch_size: int
+    lora: LoraSettings | None
+    constrained: bool
+    ledger: Ledger | None
+
+
+class SamplingOptions(Options, total=False):
+    """And how to choose."""
+
+    temperature: float
+    seed: int
+
+
 @torch.inference_mode()
 def generate(
     base: Base,
@@ -61,7 +80,8 @@ def generate(
 ) -> list[Generated]:
     """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once, and charge it.
 
-    Contexts of different lengths are padded on the left and masked. A row leaves its batch when it is done.
+    Contexts of different lengths are padded on the left and masked. A row leaves its batch when it is done. What is decoded,
+    how, and who pays are all arguments, so they are many.
 
     Parameters
     ----------
@@ -88,46 +108,72 @@ def generate(
     list of Generated
         In the order of the contexts.
     """
-    if n_steps < 1:
-        raise UserError(f"cannot forecast {n_steps} steps: ask for at least 1")
-    ids = tokenise(contexts, base.tokenizer)
-    if any(len(row) == 0 for row in ids):
-        raise UserError("a context is empty: give at least one step")
+    ids, window = _prompts(base, codec, contexts, n_steps, n_variables)
     separator = int(tokenise([codec.step_separator], base.tokenizer)[0][0])
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
-    longest, window = max(map(len, ids), default=0), getattr(base.model.config, "max_position_embeddings", math.inf)
-    needed = longest + n_steps * codec.shortest_step(n_variables) - 1  # the last token written is never read
-    if needed > window:
-        raise UserError(
-            f"a series of {longest:,} tokens and {n_steps:,} more steps need at least {needed:,} tokens, and "
-            f"{base.short_name} reads {window:,} at most; give fewer steps of the series, or ask for fewer"
-        )
-    adapted = {"lora_r": lora.lora_r, "target_modules": lora.target_modules} if lora else {}
     grammar = Grammar(codec, n_variables) if constrained else None
-    adapted["vocabulary"] = len(grammar.alphabet) if grammar else None
     rules, states = (_Rules(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
+    scored = len(grammar.alphabet) if grammar else None
+    adapted = Adaptation(lora.lora_r, lora.target_modules, scored) if lora else Adaptation(vocabulary=scored)
     draws = torch.Generator(base.model.device).manual_seed(seed)
-    ledger, spender, results = ledger or default_ledger(base), spender_of(base), [None] * len(ids)
+    choose = partial(_choose, temperature=temperature, draws=draws)
+    ledger, spender, results = ledger or default_ledger(base), spender_of(base), dict[int, Generated]()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompt = max(len(ids[i]) for i in rows)
         most = min(n_steps * longest_step, window - prompt + 1)
         # With rules a pass reads one token of a row, or two where the second is forced in some row.
-        at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), **adapted)
+        at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), adapted)
         with ledger.reserve(spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
             try:
                 with attend_lean(base.model):
-                    written, read = _continue(base, prompts, separator, n_steps, most, temperature, draws, rules, begin)
+                    written, read = _continue(base, prompts, _End(separator, n_steps, most), choose, rules, begin)
             except BaseException:  # stopped, or out of memory: nobody knows how far it got
                 bill.add("generate", at_most)
                 raise
             for i, tokens, n in zip(rows, written, read, strict=True):
-                cost = generation_cost(base.model.config, 1, prompt, n + 1, **adapted)  # the last is never read
+                cost = generation_cost(base.model.config, 1, prompt, n + 1, adapted)  # the last is never read
                 bill.add("generate", cost)
-                results[i] = Generated(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), cost.flops)
-    return results
+                text = str(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))  # one row's is a str
+                results[i] = Generated(text, cost.flops)
+    return [results[i] for i in range(len(ids))]
+
+
+def _prompts(
+    base: Base, codec: Codec, contexts: Sequence[str], n_steps: int, n_variables: int
+) -> tuple[list[np.ndarray], int]:
+    """The tokens of each context, and how many the model reads at most; what cannot be continued is refused."""
+    if n_steps < 1:
+        raise UserError(f"cannot forecast {n_steps} steps: ask for at least 1")
+    ids = tokenise(contexts, base.tokenizer)
+    if any(len(row) == 0 for row in ids):
+        raise UserError("a context is empty: give at least one step")
+    longest, window = max(map(len, ids), default=0), getattr(base.model.config, "max_position_embeddings", sys.maxsize)
+    needed = longest + n_steps * codec.shortest_step(n_variables) - 1  # the last token written is never read
+    if needed > window:
+        raise UserError(
+            f"a series of {longest:,} tokens and {n_steps:,} more steps need at least {needed:,} tokens, and "
+            f"{base.short_name} reads {window:,} at most; give fewer steps of the series, or ask for fewer"
+        )
+    return ids, window
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a row is done."""
+
+    separator: int
+    """Token after each step."""
+    n_separators: int
+    """Separators to write."""
+    max_new_tokens: int
+    """Tokens after which it stops without them."""
+
+
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Logits (batch, choices) → the choice of each row, (batch,)."""
 
 
 class _Rules:
@@ -147,58 +193,87 @@ class _Rules:
         return logits.masked_fill(~self.allowed[states], -torch.inf)
 
 
+class _Batch:
+    """Rows while they are continued: what each has written, and the cache of those that are not done."""
+
+    def __init__(self, base: Base, prompts: list[np.ndarray], end: _End) -> None:
+        self.model, self.pad_id, self.end = base.model, base.pad_id, end
+        device = base.model.device
+        ids, self.mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
+        self.written: list[list[int]] = [[] for _ in prompts]
+        self.read = [0] * len(prompts)  # tokens, padding too, after the prompt
+        self.left = [end.n_separators] * len(prompts)  # separators still to write
+        self.alive = list(range(len(prompts)))  # rows that are not done
+        self.hidden, self.cache = _prefill(base.model, ids, self.mask, self.positions)  # (alive, hidden)
+
+    def write(self, new: list[list[int]]) -> None:
+        """Add the tokens chosen for each row alive; those that are done leave, and the others' tokens are read.
+
+        Where one row has more new tokens than another, the other's are padded on the left and masked like the prompts.
+        """
+        for row, tokens in zip(self.alive, new, strict=True):
+            self.written[row] += tokens
+            self.left[row] -= tokens.count(self.end.separator)
+        most = self.end.max_new_tokens
+        keep = [i for i, row in enumerate(self.alive) if self.left[row] and len(self.written[row]) < most]
+        device, before = self.mask.device, len(self.alive)
+        self.alive, new = [self.alive[i] for i in keep], [new[i] for i in keep]
+        if not keep:
+            return
+        if len(keep) < before:
+            self.cache.batch_select_indices(torch.tensor(keep, device=device))
+            self.mask, self.positions = self.mask[keep], self.positions[keep]
+        padded = left_pad([np.array(tokens) for tokens in new], self.pad_id)
+        ids, new_mask = (torch.from_numpy(a).to(device) for a in padded)  # (alive, most new tokens)
+        for row in self.alive:
+            self.read[row] += ids.shape[1]
+        self.positions = self.positions[:, -1:] + new_mask.cumsum(1)
+        self.mask = torch.cat([self.mask, new_mask], dim=1)
+        self.hidden = _read(self.model, self.cache, ids, self.mask, self.positions)
+
+
 def _continue(
     base: Base,
     prompts: list[np.ndarray],
-    separator: int,
-    n_separators: int,
-    max_new_tokens: int,
-    temperature: float,
-    draws: torch.Generator,
-    rules: _Rules | None = None,
-    states: Sequence[int] = (),
+    end: _End,
+    choose: Choose,
+    rules: _Rules | None,
+    states: list[int],
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids written after each prompt, up to and including its last separator, and how many were read, padding too.
 
-    With rules, tokens that may not stand are never chosen, and where one alone may, it joins the token before it
-    in the same forward pass. Rows with fewer such tokens are padded on the left, masked like the padding of the prompts.
+    `states` are those of the grammar after each prompt, and change.
     """
-    device = base.model.device
-    ids, mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
-    written: list[list[int]] = [[] for _ in prompts]
-    left, read = [n_separators] * len(prompts), [0] * len(prompts)  # separators still to write, tokens read
-    states, alive = list(states), list(range(len(prompts)))
-    head = base.model.get_output_embeddings()
-    hidden, cache = _prefill(base.model, ids, mask, positions)  # (batch, hidden)
-    while True:
-        # (alive, characters) or (alive, vocab)
-        logits = rules.score(hidden, [states[row] for row in alive]) if rules else head(hidden)
+    batch = _Batch(base, prompts, end)
+    if rules:
+        _write_by_rules(batch, choose, rules, states)
+    else:
+        _write_freely(batch, choose)
+    return batch.written, batch.read
+
+
+def _write_freely(batch: _Batch, choose: Choose) -> None:
+    """One token a pass, any of the vocabulary."""
+    head = batch.model.get_output_embeddings()
+    while batch.alive:
+        batch.write([[token] for token in choose(head(batch.hidden)).tolist()])
+
+
+def _write_by_rules(batch: _Batch, choose: Choose, rules: _Rules, states: list[int]) -> None:
+    """Only tokens that may stand; where one alone may, it joins the token before it in the same forward pass."""
+    while batch.alive:
+        logits = rules.score(batch.hidden, [states[row] for row in batch.alive])  # (alive, characters)
         new: list[list[int]] = []
-        for row, choice in zip(alive, _choose(logits, temperature, draws).tolist(), strict=True):
-            tokens = []
+        for row, choice in zip(batch.alive, choose(logits).tolist(), strict=True):
+            tokens: list[int] = []
             while choice >= 0:
-                tokens.append(rules.tokens[choice] if rules else choice)
-                left[row] -= tokens[-1] == separator
-                if rules:
-                    states[row] = rules.next[states[row]][choice]
-                choice = rules.forced[states[row]] if rules and left[row] else -1
-            written[row] += tokens
+                tokens.append(rules.tokens[choice])
+                states[row] = rules.next[states[row]][choice]
+                left = batch.left[row] - tokens.count(batch.end.separator)
+                choice = rules.forced[states[row]] if left else -1
             new.append(tokens)
-        keep = [i for i, row in enumerate(alive) if left[row] and len(written[row]) < max_new_tokens]
-        if not keep:
-            return written, read
-        if len(keep) < len(alive):
-            cache.batch_select_indices(torch.tensor(keep, device=device))
-            alive, new = [alive[i] for i in keep], [new[i] for i in keep]
-            mask, positions = mask[keep], positions[keep]
-        new_ids, new_mask = left_pad([np.array(tokens) for tokens in new], base.pad_id)  # (alive, most new tokens)
-        ids, new_mask = torch.from_numpy(new_ids).to(device), torch.from_numpy(new_mask).to(device)
-        for row in alive:
-            read[row] += ids.shape[1]
-        positions = positions[:, -1:] + new_mask.cumsum(1)
-        mask = torch.cat([mask, new_mask], dim=1)
-        hidden = _read(base.model, cache, ids, mask, positions)
+        batch.write(new)
 
 
 def _prefill(
@@ -240,7 +315,9 @@ def _choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) ->
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=draws).flatten()
 
 
-def forecast(base: Base, codec: Codec, series: Sequence[np.ndarray], steps: int, **options) -> list[Forecast]:
+def forecast(
+    base: Base, codec: Codec, series: Sequence[ArrayLike], steps: int, **options: Unpack[SamplingOptions]
+) -> list[Forecast]:
     """Forecast each series by `steps`.
 
     Parameters
@@ -268,12 +345,12 @@ def forecast(base: Base, codec: Codec, series: Sequence[np.ndarray], steps: int,
 def sample_forecasts(
     base: Base,
     codec: Codec,
-    series: np.ndarray,
+    series: ArrayLike,
     steps: int,
     n_samples: int,
     temperature: float = 0.9,
     seed: int = 0,
-    **options,
+    **options: Unpack[Options],
 ) -> np.ndarray:
     """Draw several forecasts of one series and keep those that parse whole: (at most n_samples, steps, variables).
 

@@ -14,11 +14,15 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .files import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The share of training values that lie below 10 once scaled; the rest have more integer digits.
 SCALE_PERCENTILE = 99.7
@@ -56,7 +60,7 @@ class Codec:
     max_integer_digits: int = 3
     """Digits allowed before the point; a larger value is an error, not a longer number."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise UserError(f"scale {self.scale} is not a positive number; fit it with fit_scale(training values)")
         if self.precision < 0 or self.max_integer_digits < 1:
@@ -79,7 +83,7 @@ class Codec:
         """Characters in the shortest possible step: 10 for two variables at precision 2 (``0.00,0.00;``)."""
         return n_variables * (2 + (self.precision + 1 if self.precision else 0))
 
-    def encode(self, values: np.ndarray) -> str:
+    def encode(self, values: ArrayLike) -> str:
         """Write a series as text.
 
         Parameters
@@ -97,20 +101,20 @@ class Codec:
         UserError
             If the shape is wrong, or a value is not finite or needs more digits than the limit.
         """
-        values = np.asarray(values, dtype=np.float64)
-        if values.ndim != 2 or values.shape[1] == 0:
-            raise UserError(f"a series of shape {values.shape} cannot be encoded: give (steps, variables)")
-        scaled = np.round(values * self.scale, self.precision) + 0.0  # adding 0.0 turns -0.0 into 0.0
+        series = np.asarray(values, dtype=np.float64)
+        if series.ndim != 2 or series.shape[1] == 0:
+            raise UserError(f"a series of shape {series.shape} cannot be encoded: give (steps, variables)")
+        scaled = np.round(series * self.scale, self.precision) + 0.0  # adding 0.0 turns -0.0 into 0.0
         limit = 10**self.max_integer_digits
         bad = ~(np.abs(scaled) < limit)  # written so that NaN is caught too
         if bad.any():
             step, variable = np.argwhere(bad)[0]
             raise UserError(
-                f"value {values[step, variable]:g} (step {step}, variable {variable}) is {scaled[step, variable]:g} "
+                f"value {series[step, variable]:g} (step {step}, variable {variable}) is {scaled[step, variable]:g} "
                 f"once scaled by {self.scale:g}, not a number under the limit {limit:,}: use a smaller scale"
             )
         between, after = (s.replace("%", "%%") for s in (self.variable_separator, self.step_separator))
-        step = between.join([f"%.{self.precision}f"] * values.shape[1]) + after
+        step = between.join([f"%.{self.precision}f"] * series.shape[1]) + after
         return "".join(step % tuple(row) for row in scaled.tolist())
 
     def decode(self, text: str, n_variables: int) -> Decoded:
@@ -154,7 +158,7 @@ def fit_scale(values: np.ndarray) -> float:
     return SCALE_TARGET / top
 
 
-def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
+def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """Token ids of encoded texts, one token a character.
 
     Vocabularies of natural language have tokens for ``,-`` and ``;-``. They are left unused: a minus is always a token of its own, so
@@ -202,7 +206,7 @@ def tokenise(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     return [np.array([ids[character] for character in text], dtype=np.int64) for text in texts]
 
 
-def numeric_tokens(codec: Codec, tokenizer) -> np.ndarray:
+def numeric_tokens(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Ids of every character that encoded text can hold, in the order of `Codec.alphabet`: int64 (characters,)."""
     return np.concatenate(tokenise(list(codec.alphabet), tokenizer))
 
@@ -242,7 +246,8 @@ def right_pad(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray,
 
 # A place in a step: which variable, and what of its number has been written.
 START, SIGN, ZERO = "start", "sign", "zero"  # nothing; a minus; a leading 0
-Place = tuple[int, str | tuple[str, int]]  # ("integer", digits so far) and ("decimal", decimals so far) besides
+Kind = str | tuple[str, int]  # ("integer", digits so far) and ("decimal", decimals so far) besides
+Place = tuple[int, Kind]
 
 
 class Grammar:
@@ -263,7 +268,7 @@ class Grammar:
         self.codec, self.n_variables = codec, n_variables
         self.alphabet = codec.alphabet
         whole = frozenset(self._places())
-        numbers, self.next = {whole: 0}, []  # state 0: anything may have come before
+        numbers, table = {whole: 0}, []  # state 0: anything may have come before
         queue = deque([whole])
         while queue:
             places = queue.popleft()
@@ -274,13 +279,13 @@ class Grammar:
                     numbers[after] = len(numbers)
                     queue.append(after)
                 row.append(numbers[after] if after else -1)
-            self.next.append(row)
-        self.next = np.array(self.next)  # (states, characters), -1 where a character may not stand
+            table.append(row)
+        self.next = np.array(table)  # (states, characters), -1 where a character may not stand
         allowed = self.next >= 0
         self.forced = np.where(allowed.sum(1) == 1, allowed.argmax(1), -1)  # (states,): the only character that may
 
     def _places(self) -> list[Place]:
-        kinds: list = [START, SIGN, ZERO]
+        kinds: list[Kind] = [START, SIGN, ZERO]
         kinds += [("integer", k) for k in range(1, self.codec.max_integer_digits + 1)]
         kinds += [("decimal", k) for k in range(self.codec.precision + 1) if self.codec.precision]
         return [(variable, kind) for variable in range(self.n_variables) for kind in kinds]

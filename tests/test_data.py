@@ -200,6 +200,17 @@ def test_float32_time_counts_as_even(tmp_path):
     assert load_dataset(_write(tmp_path / "a.h5", **good)).time.dtype == np.float64
 
 
+@pytest.mark.parametrize("late", [1, -1])
+def test_a_time_may_be_off_by_a_ten_thousandth_of_a_step(late, tmp_path):
+    """What rounding to float32 does passes; what an observer's clock does is refused."""
+    time = np.arange(6) * 2.0
+    time[5] += late * 0.9e-4 * 2
+    load_dataset(_write(tmp_path / "even.h5", **_good() | {"time": time}))
+    time[5] += late * 0.2e-4 * 2
+    with pytest.raises(UserError, match=r"uneven time axis, from step 4 .* by (2\.00022|1\.99978) .* by 2;"):
+        load_dataset(_write(tmp_path / "uneven.h5", **_good() | {"time": time}))
+
+
 def _with(value, where=(3, 4, 1)):
     trajectories = _good()["trajectories"].astype(np.float64)
     trajectories[where] = value

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from . import Context
+
 # Classes whose forward passes are these, by name.
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 FEED_FORWARDS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
@@ -24,14 +26,14 @@ class _RMSNorm(torch.autograd.Function):
     """``weight · x / √(mean x² + eps)`` over the last dimension (Zhang and Sennrich, 2019), with a frozen weight."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, slope: torch.Tensor):
+    def backward(ctx: Context, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         normal, slope = x.float() * scale, (slope * weight).float()
         slope = scale * (slope - normal * (slope * normal).mean(-1, keepdim=True))
@@ -42,12 +44,12 @@ class _SwiGLU(torch.autograd.Function):
     """``silu(gate) · up`` (Shazeer, 2020)."""
 
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Context, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx, slope: torch.Tensor):
+    def backward(ctx: Context, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(slope * up, gate), slope * F.silu(gate)
 
@@ -57,7 +59,8 @@ def _norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _feed_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+    gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    return down(_SwiGLU.apply(gate(x), up(x)))
 
 
 @contextmanager

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from . import Context
 
 LEAN = "lean"
 BLOCK = 128  # queries that meet the keys in one product
@@ -50,7 +53,9 @@ class _BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(
+        ctx: Context, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         out, peak = torch.empty_like(query), torch.empty_like(query[..., :1])
         for block, stop, seen in _blocks(query, mask):
             peak[:, :, block] = _scores(query[:, :, block], key[:, :stop], seen).amax(-1, keepdim=True)
@@ -60,7 +65,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx: Context, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask, out, peak = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         wide = torch.promote_types(key.dtype, torch.float32)  # the sums over blocks lose nothing
@@ -91,7 +96,7 @@ def lean_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **options,
+    **options: Any,  # of `transformers`, handed on as they come
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of heads that share keys (Ainslie et al., *GQA*, 2023); where that gains nothing, `transformers`' own.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 PREFILL_TOKENS = 4096  # of prompts, read in one pass
@@ -18,35 +19,44 @@ class _RoomyLayer(DynamicLayer):
     `keys` and `values` are what is filled of it.
     """
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each (rows, key-value heads, new tokens, head dimension) → the same of all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._room = [x[:, :, :0] for x in (key_states, value_states)]
             self._show(0)
-        first = self.keys.shape[2]
+        first = self._filled
         stop = first + key_states.shape[2]
         if stop > self._room[0].shape[2]:
             self._move(slice(None), stop + SPARE)
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, first:stop] = new
-        self._show(stop)
-        return self.keys, self.values
+        return self._show(stop)
+
+    @property
+    def _filled(self) -> int:
+        """Tokens so far."""
+        return 0 if self.keys is None else self.keys.shape[2]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._move(indices, self._room[0].shape[2])
 
     def _move(self, rows: torch.Tensor | slice, length: int) -> None:
-        self._room = [_room([x[rows]], length) for x in (self.keys, self.values)]
-        self._show(self.keys.shape[2])
+        filled = self._filled
+        self._room = [_room([x[:, :, :filled][rows]], length) for x in self._room]
+        self._show(filled)
 
-    def _show(self, filled: int) -> None:
-        self.keys, self.values = (room[:, :, :filled] for room in self._room)
+    def _show(self, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (room[:, :, :filled] for room in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def add_rows(self, others: Sequence[_RoomyLayer]) -> None:
         """Take in the rows of other layers that hold as many tokens."""
-        layers, filled = [self, *others], self.keys.shape[2]
-        self._room = [_room([getattr(x, name) for x in layers], filled + SPARE) for name in ("keys", "values")]
+        layers, filled = [self, *others], self._filled
+        self._room = [_room([layer._room[i][:, :, :filled] for layer in layers], filled + SPARE) for i in (0, 1)]
         self._show(filled)
 
 
@@ -58,7 +68,7 @@ def _room(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     return room
 
 
-def make_cache(config: object) -> Cache:
+def make_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache; layers with a sliding window keep the one `transformers` gives them."""
     cache = DynamicCache(config=config)
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -69,12 +79,16 @@ def joined(caches: Sequence[Cache]) -> Cache:
     """One cache with the rows of several that `make_cache` made and that hold as many tokens each."""
     first, *others = caches
     if others:
-        for index, layer in enumerate(first.layers):
-            layer.add_rows([other.layers[index] for other in others])
+        for layer, *more in zip(*map(_roomy_layers, caches), strict=True):
+            layer.add_rows(more)
     return first
 
 
-def rows_at_once(config: object, length: int) -> int:
-    """How many prompts of some length to read in one pass: few, since large tensors are slow to come by; all, if need be."""
-    roomy = all(isinstance(layer, _RoomyLayer) for layer in make_cache(config).layers)
-    return max(1, PREFILL_TOKENS // length) if roomy else 10**9
+def rows_at_once(config: PreTrainedConfig, length: int) -> int:
+    """How many prompts of some length to read in one pass: few, since large tensors are slow to allocate; all, if need be."""
+    cache = make_cache(config)
+    return max(1, PREFILL_TOKENS // length) if len(_roomy_layers(cache)) == len(cache.layers) else 10**9
+
+
+def _roomy_layers(cache: Cache) -> list[_RoomyLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, _RoomyLayer)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..files import UserError
+from . import Context
 
 CHUNK = 256  # positions whose logits exist at once: 256 × 151,936 in float32 are 156 MB
 
@@ -43,7 +44,8 @@ def head_loss(
     -------
     scalar tensor
     """
-    weight, bias = head.weight.detach(), head.bias
+    weight: torch.Tensor = head.weight.detach()
+    bias: torch.Tensor = head.bias
     if characters is not None:
         weight, bias, labels = weight[characters], bias[characters], torch.searchsorted(characters, labels)
     return _LinearCrossEntropy.apply(states, weight, bias, labels, torch.is_grad_enabled())
@@ -56,7 +58,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, labels, learn: bool):
+    def forward(
+        ctx: Context, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, learn: bool
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         grad_states, grad_bias = torch.empty_like(states), torch.zeros_like(bias, dtype=torch.float32)
         for first in range(0, len(labels), CHUNK):
@@ -72,6 +76,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / len(labels)
 
     @staticmethod
-    def backward(ctx, slope):
+    def backward(ctx: Context, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_states, grad_bias = ctx.saved_tensors
         return slope * grad_states, None, slope * grad_bias, None, None

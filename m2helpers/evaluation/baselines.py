@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..files import UserError, atomic_path
 from ..paths import SHIPPED_BASELINES
+from ..simulator import predator_prey, runge_kutta_slopes
 
 # Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which
 # has no logarithm.
@@ -105,10 +106,7 @@ def vector_autoregression(context: np.ndarray, steps: int, dt: float) -> np.ndar
 
 
 def integrate(parameters: np.ndarray, start: np.ndarray, steps: int, dt: float) -> np.ndarray:
-    """Integrate many predator–prey systems at once by fixed-step Runge–Kutta 4 in log-populations.
-
-    ``x' = r x (1 − x/K) − a x y / (1 + h x)``, ``y' = e a x y / (1 + h x) − d y`` (logistic prey, Holling II response).
-    In logs, ``u = ln x`` and ``v = ln y``, populations stay positive and the right-hand side is smooth.
+    """Integrate many systems of `predator_prey` at once by fixed-step Runge–Kutta 4 in log-populations.
 
     Parameters
     ----------
@@ -125,18 +123,9 @@ def integrate(parameters: np.ndarray, start: np.ndarray, steps: int, dt: float) 
     -------
     array (steps, 2, m), float64
     """
-    r, capacity, a, h, e, d = parameters
-    crowding, conversion = r / capacity, e * a
+    slope = predator_prey(parameters)
     substeps = max(1, int(np.ceil(abs(dt) / _MAX_SUBSTEP)))
     step = dt / substeps
-
-    def slope(logs: np.ndarray) -> np.ndarray:  # (2, m) -> (2, m)
-        x, y = np.exp(logs)
-        response = 1.0 / (1.0 + h * x)
-        out = np.empty_like(logs)
-        out[0] = r - crowding * x - a * y * response
-        out[1] = conversion * x * response - d
-        return out
 
     logs = np.log(start)
     path = np.empty((steps, *logs.shape))
@@ -145,10 +134,7 @@ def integrate(parameters: np.ndarray, start: np.ndarray, steps: int, dt: float) 
     with np.errstate(all="ignore"):
         for index in range(1, steps):
             for _ in range(substeps):
-                k1 = slope(logs)
-                k2 = slope(logs + (0.5 * step) * k1)
-                k3 = slope(logs + (0.5 * step) * k2)
-                k4 = slope(logs + step * k3)
+                k1, k2, k3, k4 = runge_kutta_slopes(slope, logs, step)
                 logs = logs + (step / 6.0) * (k1 + k4 + 2.0 * (k2 + k3))
             path[index] = logs
         return np.exp(path)
@@ -195,13 +181,12 @@ def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
     for column, h in enumerate(_STARTS_H, start=1):
         starts[:6, column] = (np.log(_integral_matching(context, dt, h)) - _PRIOR_MEAN) / _PRIOR_SD
     order = np.argsort(np.square(residuals(starts)).sum(axis=0))
-    best = None
+    fits: list[OptimizeResult] = []
     for column in order[:_STARTS_KEPT]:
-        fit = _minimise(residuals, starts[:, column])
-        if best is None or fit.cost < best.cost:
-            best = fit
-        if best.cost < n:  # the mean squared residual is within the noise: no other start can do much better
+        fits.append(_minimise(residuals, starts[:, column]))
+        if fits[-1].cost < n:  # the mean squared residual is within the noise: no other start can do much better
             break
+    best = min(fits, key=lambda fit: fit.cost)
     forecast = trajectories(best.x[:, None], n + steps)[n:, :, 0]
     return forecast if np.all(np.isfinite(forecast)) else last_value(context, steps, dt)
 
@@ -302,7 +287,7 @@ def run_baselines(
                 forecasts[name].append(baseline(context, steps, dt))
         stored = {name: np.concatenate(parts) for name, parts in forecasts.items()}
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, fingerprint=np.array(fingerprint), **stored)
+            np.savez(stream, fingerprint=np.array(fingerprint), **stored)  # type: ignore[arg-type]  # none is `allow_pickle`
     return {name: np.split(stored[name], ends) for name in BASELINES}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ..data import Dataset
@@ -15,7 +17,7 @@ from ..models import Base
 from ..settings import LoraSettings
 from ..text import Codec
 from .baselines import BASELINES, run_baselines
-from .protocols import HORIZONS, P5_CONTEXTS, compared, make_cases, numeric_context
+from .protocols import HORIZONS, P5_CONTEXTS, Case, compared, make_cases, numeric_context
 from .scores import Result, score
 
 
@@ -37,6 +39,8 @@ def evaluate(
 ) -> list[Result]:
     """Run a protocol over a split: one result for each context length.
 
+    What is measured, how, what is recorded with it, and who pays are all arguments, so they are many.
+
     Parameters
     ----------
     base, codec
@@ -54,31 +58,24 @@ def evaluate(
     ledger : Ledger, optional
         Where it is charged; by default the base's own (`default_ledger`).
     """
-    trajectories = dataset.part(split)[:limit]
-    lengths = contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]
-    cases_of = {n: make_cases(trajectories, codec, protocol, n) for n in lengths}  # refused before anything is spent
+    todo = _windows(dataset, codec, protocol, split, contexts, limit)  # refused before anything is spent
     ledger = ledger or default_ledger(base)  # opened once, not for every batch
-    results, how = [], dict(batch_size=batch_size, lora=lora, constrained=constrained, ledger=ledger)
-    for context, cases in cases_of.items():
-        n_variables = trajectories.shape[2]
-        started, forecasts, flops = time.perf_counter(), [], 0
-        for first in tqdm(range(0, len(cases), batch_size), desc=f"{protocol} {context}", unit="batch", leave=False):
+    results = []
+    for windows in todo:
+        cases, about = windows.cases, f"{protocol} {windows.context}"
+        started, forecasts, flops = time.perf_counter(), list[np.ndarray](), 0
+        for first in tqdm(range(0, len(cases), batch_size), desc=about, unit="batch", leave=False):
             batch = cases[first : first + batch_size]
-            steps = batch[0].skip + len(batch[0].truth)
-            for case, out in zip(
-                batch,
-                generate(base, codec, [c.context for c in batch], steps, n_variables, **how),
-                strict=True,
-            ):
-                forecasts.append(compared(codec, out.text, case.skip, n_variables))
+            written = generate(
+                base, codec, [c.context for c in batch], batch[0].steps, windows.n_variables,
+                batch_size=batch_size, lora=lora, constrained=constrained, ledger=ledger,
+            )  # fmt: skip
+            for case, out in zip(batch, written, strict=True):
+                forecasts.append(compared(codec, out.text, case.skip, windows.n_variables))
                 flops += out.flops
-        seconds = time.perf_counter() - started
-        about = dict(
-            protocol=protocol, split=split, context=context, precision=codec.precision, seed=seed, scale=codec.scale
-        )
-        spent = dict(flops=flops, seconds=round(seconds, 2), model=base.name, run=run, data_sha256=dataset.sha256)
-        which = dict(base_sha256=base.sha256, constrained=constrained)
-        results.append(Result(**about, **spent, **which, **score(cases, forecasts)))
+        seconds = round(time.perf_counter() - started, 2)
+        who = _Forecaster(base.name, run, seed, base.sha256, constrained)
+        results.append(windows.result(forecasts, who, flops, seconds))
     return results
 
 
@@ -96,20 +93,82 @@ def evaluate_baselines(
     They see the whole steps of each context as numbers, read from its text. Forecasts are cached under the data's hash.
     """
     dt = float(dataset.time[1] - dataset.time[0])
-    trajectories = dataset.part(split)
     results = []
-    for context in contexts if protocol == "P5" else [HORIZONS[protocol][0]]:
-        cases = make_cases(trajectories, codec, protocol, context)
-        known = [numeric_context(codec, case, trajectories.shape[2]) for case in cases]
-        steps = [case.skip + len(case.truth) for case in cases]
+    for windows in _windows(dataset, codec, protocol, split, contexts):
+        known = [numeric_context(codec, case, windows.n_variables) for case in windows.cases]
+        steps = [case.steps for case in windows.cases]
         decimals = "" if codec.precision == 2 else f"-p{codec.precision}"  # other texts hold other contexts
-        key = f"{protocol}-{split}-{context}{decimals}-{dataset.sha256[:16]}"
+        key = f"{protocol}-{split}-{windows.context}{decimals}-{dataset.sha256[:16]}"
         forecasts = run_baselines(list(zip(known, steps, strict=True)), dt, cache, key, progress=True)
         for name in BASELINES:
-            compared = [f[case.skip :] for f, case in zip(forecasts[name], cases, strict=True)]
-            about = dict(
-                protocol=protocol, split=split, context=context, precision=codec.precision, seed=None, scale=codec.scale
-            )
-            spent = dict(flops=0, seconds=0.0, model=name, run=None, data_sha256=dataset.sha256)
-            results.append(Result(**about, **spent, **score(cases, compared)))
+            kept = [f[case.skip :] for f, case in zip(forecasts[name], windows.cases, strict=True)]
+            results.append(windows.result(kept, _Forecaster(name)))
     return results
+
+
+@dataclass(frozen=True)
+class _Forecaster:
+    """Whose forecasts they are, as a `Result` names it."""
+
+    model: str
+    run: str | None = None
+    seed: int | None = None
+    base_sha256: str | None = None
+    constrained: bool = False
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of a split that a protocol asks for, of one length of context."""
+
+    dataset: Dataset
+    codec: Codec
+    protocol: str
+    split: str
+    context: int
+    cases: list[Case]
+
+    @property
+    def n_variables(self) -> int:
+        return self.cases[0].truth.shape[1]
+
+    def result(self, forecasts: Sequence[np.ndarray], by: _Forecaster, flops: int = 0, seconds: float = 0.0) -> Result:
+        """What forecasts of these windows are worth."""
+        scores = score(self.cases, forecasts)
+        return Result(
+            protocol=self.protocol,
+            split=self.split,
+            context=self.context,
+            precision=self.codec.precision,
+            seed=by.seed,
+            scale=self.codec.scale,
+            mse=scores.mse,
+            rmse=scores.rmse,
+            mae=scores.mae,
+            mae_per_variable=scores.mae_per_variable,
+            per_step_mae=scores.per_step_mae,
+            n=scores.n,
+            n_valid=scores.n_valid,
+            ci_mae=scores.ci_mae,
+            flops=flops,
+            seconds=seconds,
+            model=by.model,
+            run=by.run,
+            data_sha256=self.dataset.sha256,
+            window_mae=scores.window_mae,
+            series=scores.series,
+            base_sha256=by.base_sha256,
+            constrained=by.constrained,
+        )
+
+
+def _windows(
+    dataset: Dataset, codec: Codec, protocol: str, split: str, contexts: Sequence[int], limit: int | None = None
+) -> list[_Windows]:
+    """One for each length of context: those asked for in P5, the protocol's own in any other."""
+    trajectories = dataset.part(split)[:limit]
+    lengths = contexts if protocol == "P5" else [HORIZONS.get(protocol, (0,))[0]]
+    return [
+        _Windows(dataset, codec, protocol, split, n, make_cases(trajectories, codec, protocol, n))
+        for n in dict.fromkeys(lengths)
+    ]

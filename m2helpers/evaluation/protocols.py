@@ -40,6 +40,11 @@ class Case:
     skip: int
     """Separators the model writes before the compared steps begin: 1 in P5, where a context can end inside a step."""
 
+    @property
+    def steps(self) -> int:
+        """Separators to write in all."""
+        return self.skip + len(self.truth)
+
 
 def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: int | None = None) -> list[Case]:
     """The forecasts a protocol asks for.
@@ -57,6 +62,8 @@ def make_cases(trajectories: np.ndarray, codec: Codec, protocol: str, context: i
         If the protocol is unknown, the series are too short for it, or the context is.
     """
     if protocol == "P5":
+        if context is None:
+            raise UserError("protocol P5: give a context, in tokens")
         cases = [case for i, values in enumerate(trajectories) for case in _p5_cases(i, values, codec, context)]
     elif protocol in HORIZONS:
         known, ahead = HORIZONS[protocol]

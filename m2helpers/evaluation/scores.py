@@ -49,18 +49,29 @@ class Result:
     """Whether only what the grammar allows was written."""
 
 
-def score(cases: Sequence[Case], forecasts: Sequence[np.ndarray]) -> dict:
+@dataclass(frozen=True)
+class Scores:
+    """What of a `Result` is measured by comparing forecasts with the truth."""
+
+    n: int
+    n_valid: int
+    window_mae: list[float | None]
+    series: list[int]
+    mse: float | None = None
+    rmse: float | None = None
+    mae: float | None = None
+    mae_per_variable: list[float] | None = None
+    per_step_mae: list[float] | None = None
+    ci_mae: list[float] | None = None
+
+
+def score(cases: Sequence[Case], forecasts: Sequence[np.ndarray]) -> Scores:
     """Errors of forecasts, by window, by variable and by step ahead, over the valid ones.
 
     Parameters
     ----------
     forecasts : sequence of (steps that parsed, variables)
         A forecast with fewer steps than its truth is invalid.
-
-    Returns
-    -------
-    dict
-        The fields of `Result` that are measured.
     """
     errors = [
         f[: len(c.truth)] - c.truth if len(f) >= len(c.truth) else None for c, f in zip(cases, forecasts, strict=True)
@@ -68,19 +79,22 @@ def score(cases: Sequence[Case], forecasts: Sequence[np.ndarray]) -> dict:
     valid = [e for e in errors if e is not None]
     series = [c.series for c in cases]
     window_mae = [None if e is None else float(f"{np.abs(e).mean():.6g}") for e in errors]
-    measured = dict(n=len(cases), n_valid=len(valid), window_mae=window_mae, series=series)
     if not valid:
-        return measured | dict.fromkeys(("mse", "rmse", "mae", "mae_per_variable", "per_step_mae", "ci_mae"))
+        return Scores(len(cases), 0, window_mae, series)
     e = np.stack(valid)  # (valid windows, steps, variables)
     mse = float((e**2).mean())
-    return measured | {
-        "mse": mse,
-        "rmse": mse**0.5,
-        "mae": float(np.abs(e).mean()),
-        "mae_per_variable": np.abs(e).mean(axis=(0, 1)).tolist(),
-        "per_step_mae": np.abs(e).mean(axis=(0, 2)).tolist(),
-        "ci_mae": list(bootstrap(window_mae, series)),
-    }
+    return Scores(
+        n=len(cases),
+        n_valid=len(valid),
+        window_mae=window_mae,
+        series=series,
+        mse=mse,
+        rmse=mse**0.5,
+        mae=float(np.abs(e).mean()),
+        mae_per_variable=np.abs(e).mean(axis=(0, 1)).tolist(),
+        per_step_mae=np.abs(e).mean(axis=(0, 2)).tolist(),
+        ci_mae=list(bootstrap(window_mae, series)),
+    )
 
 
 def bootstrap(
@@ -131,7 +145,8 @@ def paired_change(result: Result, reference: Result) -> tuple[float, float, floa
     if not rows:
         raise UserError(f"{result.model} and {reference.model}: no window where both gave a valid forecast to compare")
     ours, theirs, series = zip(*rows, strict=True)
-    return tuple(100 * (ratio - 1) for ratio in (sum(ours) / sum(theirs), *bootstrap(ours, series, theirs)))
+    low, high = bootstrap(ours, series, theirs)
+    return 100 * (sum(ours) / sum(theirs) - 1), 100 * (low - 1), 100 * (high - 1)
 
 
 def origins(rows: Sequence[dict]) -> set[tuple[str, str]]:

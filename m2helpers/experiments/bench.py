@@ -5,21 +5,26 @@ The full-size model has Qwen2.5-0.5B's exact architecture and random weights: wh
 
 from __future__ import annotations
 
-import gc
-import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
-import psutil
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from ..data import Dataset
@@ -27,13 +32,14 @@ from ..evaluation.measure import evaluate
 from ..evaluation.protocols import make_cases
 from ..files import UserError, read_json, write_json
 from ..flops.architecture import QWEN_05B
-from ..flops.costs import forward_cost
+from ..flops.costs import UNADAPTED, Adaptation, forward_cost
 from ..forecasting import generate
 from ..ledger import Ledger
 from ..models import Base, add_head_bias, choose_device, embedded_tokenizer, has_bfloat16, load_base
 from ..settings import EMBEDDED, TrainSettings
 from ..text import Codec, fit_scale, tokenise
 from ..training import Training
+from .timing import Row, Run, machine, profile, rows_of, take_turns, timed, wait
 
 ROUNDS = 3  # turns of each side
 STEPS, STEPS_EMBEDDED = 2, 20  # timed in a turn, after one to warm up
@@ -42,13 +48,29 @@ ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"
 PROMPT = 16  # new tokens a row from which on a forward pass reads a prompt; decoding reads one or two
 ERROR_SERIES = 400  # whose forecasts say what a precision costs
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
-SCORED = {"all logits": {}, "last position": dict(scored_positions=1, vocabulary=16)}
+DIGITS = slice(11, 27)  # tokens of numeric text
+
+
+class Measured(TypedDict):
+    """What a benchmark measures."""
+
+    rows: list[Row]
+    profile: NotRequired[dict[str, dict[str, float]]]
+    """Side → kind of work → share of its time."""
+
+
+class Entry(Measured):
+    """What the record holds of a benchmark."""
+
+    about: str
+    machine: str
+    date: str
 
 
 def random_qwen() -> Qwen2ForCausalLM:
     """Qwen2.5-0.5B at its true size, with random weights in bfloat16: about 1 GB."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).bfloat16()
     model.to_empty(device="cpu")
     model.tie_weights()
     model.model.rotary_emb = Qwen2RotaryEmbedding(model.config)  # computed, not a weight
@@ -60,47 +82,49 @@ def random_qwen() -> Qwen2ForCausalLM:
 
 
 def _full_size() -> Base:
-    return Base(add_head_bias(random_qwen()).to(choose_device()), embedded_tokenizer(), "random weights", "")
+    model = add_head_bias(random_qwen())
+    model.to(choose_device())  # type: ignore[arg-type]  # a decorator of transformers hides what `to` takes
+    return Base(model, embedded_tokenizer(), "random weights", "")
 
 
 # ---------------------------------------------------------------- training
 
 
-def train_full_size(dataset: Dataset, _: Ledger) -> dict:
+def train_full_size(dataset: Dataset, _: Ledger) -> Measured:
     """A training step of Qwen2.5-0.5B at its true size: batch 4 × 512, rank 8 on q and v, bfloat16 weights."""
     return _compare_training(_full_size, dataset, STEPS)
 
 
-def train_embedded(dataset: Dataset, _: Ledger) -> dict:
+def train_embedded(dataset: Dataset, _: Ledger) -> Measured:
     """A training step of the embedded base: batch 4 × 512, rank 8 on q and v."""
     return _compare_training(lambda: load_base(EMBEDDED), dataset, STEPS_EMBEDDED)
 
 
-def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> dict:
+def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> Measured:
     codec = Codec(fit_scale(dataset.part("train")))
-    numeric = TrainSettings(**vars(SETTINGS) | {"numeric_head": 1})
+    numeric = replace(SETTINGS, numeric_head=True)
 
     def ours(settings: TrainSettings) -> Training:
         work = Training(make(), dataset, settings, codec)
         work.train = [w for w in work.train if len(w) == SETTINGS.max_length]  # every step has the same size
         return work
 
-    sides = {
+    sides: dict[str, Run] = {
         ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset, steps),
         FULL: lambda: _our_steps(ours(SETTINGS), steps),
         NUMERIC: lambda: _our_steps(ours(numeric), steps),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, run in sides.items():
-            with _peak_memory(peaks[name]):
-                seconds[name] += run()
-    return {"rows": _rows(seconds, ALTERNATIVE, peak_gb=peaks), "profile": {NUMERIC: _profile(ours(numeric).step)}}
+    rows = rows_of(take_turns(sides, ROUNDS, peaks))
+    if all(peaks.values()):
+        first = max(peaks[ALTERNATIVE])
+        for row, gb in zip(rows, map(max, peaks.values()), strict=True):
+            row |= {"peak_gb": gb, "peak_ratio": gb / first}
+    return {"rows": rows, "profile": {NUMERIC: profile(ours(numeric).step)}}
 
 
 def _our_steps(work: Training, steps: int) -> list[float]:
-    return [_timed(work.step) for _ in range(1 + steps)][1:]
+    return [timed(work.step) for _ in range(1 + steps)][1:]
 
 
 def _trainer_steps(base: Base, codec: Codec, dataset: Dataset, steps: int) -> list[float]:
@@ -110,7 +134,7 @@ def _trainer_steps(base: Base, codec: Codec, dataset: Dataset, steps: int) -> li
     windows = [{"input_ids": ids, "labels": ids} for ids in windows if len(ids) == SETTINGS.max_length]
     adapter = LoraConfig(
         r=SETTINGS.lora_r,
-        lora_alpha=SETTINGS.lora_alpha,
+        lora_alpha=int(SETTINGS.lora_alpha),
         lora_dropout=SETTINGS.lora_dropout,
         target_modules=list(SETTINGS.target_modules),
     )
@@ -136,44 +160,52 @@ class _StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, *_, **__) -> None:
-        _wait()
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        wait()
         self.started = time.perf_counter()
 
-    def on_step_end(self, *_, **__) -> None:
-        _wait()
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        wait()
         self.seconds.append(time.perf_counter() - self.started)
 
 
 # ---------------------------------------------------------------- decoding
 
 
-def decode_full_size(dataset: Dataset, ledger: Ledger) -> dict:
+def decode_full_size(dataset: Dataset, ledger: Ledger) -> Measured:
     """P5 forecasts of 20 windows at S = 512 with Qwen2.5-0.5B at its true size, bfloat16, one batch."""
     base = _full_size()
     sides = {"transformers.generate": (base, False), "constrained": (base, True)}
     return {"rows": _compare_decoding(sides, dataset, 20, ledger)}
 
 
-def decode_embedded(dataset: Dataset, ledger: Ledger) -> dict:
+def decode_embedded(dataset: Dataset, ledger: Ledger) -> Measured:
     """P5 forecasts of 100 windows at S = 512 with the embedded base, and each precision's error over 400 training series."""
     single, half = (load_base(EMBEDDED, dtype=dtype) for dtype in ("float32", "bfloat16"))
     sides = {"transformers.generate, float32": (single, False), "constrained, float32": (single, True)}
     sides["constrained, bfloat16"] = (half, True)
     rows = _compare_decoding(sides, dataset, 100, ledger)
     codec = Codec(fit_scale(dataset.part("train")))
-    # The untrained base has never seen the training split, and only there are enough windows to tell such small changes.
-    how = dict(split="train", limit=ERROR_SERIES, contexts=[512], ledger=ledger)
-    mae = [evaluate(base, codec, dataset, "P5", **how)[0].mae for base in (single, half)]
+    single_error, half_error = (_p5_error(base, codec, dataset, ledger) for base in (single, half))
     for row, (base, _) in zip(rows, sides.values(), strict=True):
-        row |= {"mae": mae[base is half], "mae_change": 100 * (mae[base is half] / mae[0] - 1)}
+        error = half_error if base is half else single_error
+        row |= {"mae": error, "mae_change": 100 * (error / single_error - 1)}
     return {"rows": rows}
 
 
-def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: int, ledger: Ledger) -> list[dict]:
+def _p5_error(base: Base, codec: Codec, dataset: Dataset, ledger: Ledger) -> float:
+    # The untrained base has never seen the training split, and only there are enough windows to tell such small changes.
+    (result,) = evaluate(base, codec, dataset, "P5", split="train", limit=ERROR_SERIES, contexts=[512], ledger=ledger)
+    if result.mae is None:
+        raise UserError(f"{base.short_name}: no forecast parsed, which leaves nothing to compare; use a trained base")
+    return result.mae
+
+
+def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: int, ledger: Ledger) -> list[Row]:
     codec = Codec(fit_scale(dataset.part("train")))
     contexts = [case.context for case in make_cases(dataset.part("validation"), codec, "P5", 512)[:n]]
-    whole, after = ({name: [] for name in sides} for _ in range(2))
+    whole: dict[str, list[float]] = {name: [] for name in sides}
+    after: dict[str, list[float]] = {name: [] for name in sides}
     longest = 0
     for _ in range(ROUNDS + 1):
         for name, (base, ours) in reversed(sides.items()):  # ours first: it says how long the longest forecast is
@@ -187,9 +219,8 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
             longest = max(len(g.text) for g in written)
             whole[name].append(ended - started)
             after[name].append(ended - prompts_read[0])
-    first = next(iter(sides))
-    rows = _rows({name: s[1:] for name, s in whole.items()}, first)  # the first turn warms up
-    for row, late in zip(rows, _rows({name: s[1:] for name, s in after.items()}, first), strict=True):
+    rows = rows_of({name: times[1:] for name, times in whole.items()})  # the first turn warms up
+    for row, late in zip(rows, rows_of({name: times[1:] for name, times in after.items()}), strict=True):
         row |= {"seconds_after_prefill": late["seconds"], "ratio_after_prefill": late["ratio"]}
     return rows
 
@@ -200,17 +231,17 @@ def _generate(base: Base, contexts: list[str], new_tokens: int) -> None:
     batch = base.tokenizer(contexts, return_tensors="pt", padding=True).to(base.model.device)
     how = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=base.pad_id)
     with torch.inference_mode():
-        base.model.generate(**batch, **how)
+        base.model.generate(**batch, **how)  # type: ignore[operator]  # a causal model has it, not every PreTrainedModel
 
 
 @contextmanager
-def _prefill_clock(model: PreTrainedModel):
+def _prefill_clock(model: PreTrainedModel) -> Iterator[list[float]]:
     """A list that will hold the time at which the last of the prompts had been read."""
     ends = [0.0]
 
-    def end(_module, _arguments, options, _output) -> None:
+    def end(_module: torch.nn.Module, _arguments: tuple, options: dict[str, torch.Tensor], _output: object) -> None:
         if options["input_ids"].shape[1] >= PROMPT:
-            _wait()
+            wait()
             ends[0] = time.perf_counter()
 
     handle = model.base_model.register_forward_hook(end, with_kwargs=True)
@@ -220,28 +251,54 @@ def _prefill_clock(model: PreTrainedModel):
         handle.remove()
 
 
-def context_length(_: Dataset, __: Ledger) -> dict:
+# ---------------------------------------------------------------- context
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A way to score what a forward pass has read."""
+
+    run: Callable[[Base, torch.Tensor], torch.Tensor]
+    """A base and token ids (1, length) → logits."""
+    adapted: Adaptation
+    scored_positions: int | None
+
+
+def _every_logit(base: Base, ids: torch.Tensor) -> torch.Tensor:
+    return base.model(ids, use_cache=False).logits
+
+
+def _last_digits(base: Base, ids: torch.Tensor) -> torch.Tensor:
+    return base.model.base_model(ids).last_hidden_state[:, -1] @ base.model.get_output_embeddings().weight[DIGITS].T
+
+
+SCORINGS = {
+    "all logits": _Scoring(_every_logit, UNADAPTED, None),
+    "last position": _Scoring(_last_digits, Adaptation(vocabulary=DIGITS.stop - DIGITS.start), 1),
+}
+
+
+def context_length(_: Dataset, __: Ledger) -> Measured:
     """One forward pass of the full-size model by context length, scoring every position or the last one's digits alone."""
-    base, rows = _full_size(), []
-    head = base.model.get_output_embeddings()
+    base, rows = _full_size(), list[Row]()
     for length in CONTEXTS:
-        ids = torch.randint(11, 27, (1, length), device=base.model.device)
-        with torch.inference_mode():
-            every = lambda: base.model(ids, use_cache=False).logits  # noqa: B023, E731
-            last = lambda: base.model.base_model(ids).last_hidden_state[:, -1] @ head.weight[11:27].T  # noqa: B023, E731
-            times = {side: [] for side in SCORED}
-            for _ in range(ROUNDS):
-                times["all logits"].append(_timed(every))
-                times["last position"].append(_timed(last))
-        for row in _rows(times, "all logits"):
-            cost = forward_cost(base.model.config, 1, length, **SCORED[row["side"]])
-            rows.append({"context": length, "flops": cost.flops} | row)
+        ids = torch.randint(DIGITS.start, DIGITS.stop, (1, length), device=base.model.device)
+        sides = {name: partial(_time_pass, scoring, base, ids) for name, scoring in SCORINGS.items()}
+        for row, scoring in zip(rows_of(take_turns(sides, ROUNDS)), SCORINGS.values(), strict=True):
+            positions = scoring.scored_positions
+            cost = forward_cost(base.model.config, 1, length, scoring.adapted, scored_positions=positions)
+            rows.append({"context": length, "flops": cost.flops, **row})
     return {"rows": rows}
+
+
+@torch.inference_mode()
+def _time_pass(scoring: _Scoring, base: Base, ids: torch.Tensor) -> list[float]:
+    return [timed(lambda: scoring.run(base, ids))]
 
 
 # ---------------------------------------------------------------- measuring and keeping
 
-BENCHMARKS: dict[str, Callable[[Dataset, Ledger], dict]] = {
+BENCHMARKS: dict[str, Callable[[Dataset, Ledger], Measured]] = {
     "train": train_full_size,
     "decode": decode_full_size,
     "context": context_length,
@@ -250,7 +307,7 @@ BENCHMARKS: dict[str, Callable[[Dataset, Ledger], dict]] = {
 }
 
 
-def run_benchmark(name: str, dataset: Dataset, record: Path) -> dict:
+def run_benchmark(name: str, dataset: Dataset, record: Path) -> Entry:
     """Run one benchmark and put it into the record with the machine's description; return its entry.
 
     The ledger is left alone: nothing is learned about any model.
@@ -260,85 +317,8 @@ def run_benchmark(name: str, dataset: Dataset, record: Path) -> dict:
     kept = read_json(record) if record.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         measured = BENCHMARKS[name](dataset, Ledger(Path(folder) / "ledger.sqlite"))
-    entry = {"about": BENCHMARKS[name].__doc__.strip(), "machine": _machine(), "date": str(date.today())} | measured
+    about = (BENCHMARKS[name].__doc__ or "").strip()
+    entry: Entry = {"about": about, "machine": machine(), "date": str(date.today()), **measured}
     kept[f"{name}-{choose_device()}".removesuffix("-cpu")] = entry  # a GPU's beside the CPU's, not in its place
     write_json(record, kept)
     return entry
-
-
-def _rows(
-    seconds: dict[str, list[float]], alternative: str, peak_gb: dict[str, list[float]] | None = None
-) -> list[dict]:
-    """One row a side: median seconds, how many times faster than the alternative, and peak memory against its."""
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = []
-    for name, median in medians.items():
-        row = {"side": name, "seconds": median, "ratio": medians[alternative] / median, "times": seconds[name]}
-        if peak_gb and all(peak_gb.values()):
-            row["peak_gb"] = max(peak_gb[name])
-            row["peak_ratio"] = max(peak_gb[name]) / max(peak_gb[alternative])
-        rows.append(row)
-    return rows
-
-
-def _timed(run: Callable[[], object]) -> float:
-    _wait()
-    started = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - started
-
-
-def _profile(run: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time that a piece of work spends in matrix products, in attention, and elsewhere."""
-    run()
-    with torch.profiler.profile() as profiler:
-        run()
-    key = "device_time_total" if choose_device() == "cuda" else "cpu_time_total"
-    spent = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
-    for event in profiler.key_averages():
-        name, own = event.key.removeprefix("aten::"), getattr(event, f"self_{key}")
-        if name.startswith("_BlockwiseAttention"):  # with the products inside, which nothing else takes by batches
-            spent["attention"] += getattr(event, key)
-            spent["everything else"] -= getattr(event, key) - own
-        elif name.startswith("_scaled_dot_product"):
-            spent["attention"] += own
-        else:
-            spent["matrix products" if name in ("mm", "addmm") else "everything else"] += own
-    return {kind: time / sum(spent.values()) for kind, time in spent.items()}
-
-
-def _wait() -> None:
-    if choose_device() == "cuda":
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def _peak_memory(peaks: list[float]):
-    """Append the most memory held inside, in GB: the GPU's, or the process's where Linux tells it."""
-    gc.collect()
-    status = Path("/proc/self/status")
-    if choose_device() == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif status.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
-    yield
-    if choose_device() == "cuda":
-        peaks.append(torch.cuda.max_memory_allocated() / 1e9)
-    elif status.exists():
-        mark = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        peaks.append(int(mark.split()[1]) * 1024 / 1e9)
-
-
-def _machine() -> str:
-    """What the figures were measured on."""
-    if choose_device() == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    capabilities = torch.cpu.get_capabilities()
-    model = capabilities.get("cpu_name") or platform.machine()
-    features = [name for name, there in capabilities.items() if there is True and "bf16" in name]
-    memory = psutil.virtual_memory().total / 2**30
-    return (
-        f"{torch.get_num_threads()} threads of {model} ({', '.join(features) or 'no bfloat16'}), {memory:.0f} GiB, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )

@@ -51,18 +51,22 @@ and their account says so in `convention`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ..files import UserError
 from .architecture import (
     Size,
     check_sizes,
     count_qwen2_parameters,
-    is_qwen2,
     layer_matrices,
     lora_targets,
+    other_architecture,
     within,
 )
+
+if TYPE_CHECKING:
+    from .architecture import Config
 
 CAP = 10**17  # FLOPs for all experiments together
 CONVENTIONS = ("exact", "course")
@@ -119,8 +123,25 @@ class Account:
         return self.forward - norm - sum(components.get(name, 0) for name in ("lm_head", "head bias", "loss"))
 
 
+class Options(TypedDict, total=False):
+    """What every pass of a piece of work has in common, as in `forward_account`."""
+
+    lora_r: int
+    target_modules: Sequence[str]
+    head_bias: bool
+    convention: str
+    vocabulary: int | None
+
+
+class PassOptions(Options, total=False):
+    """And what is one pass's own."""
+
+    past: int
+    scored_positions: int | None
+
+
 def forward_account(
-    config: object,
+    config: Config,
     batch_size: int,
     length: int,
     *,
@@ -133,7 +154,7 @@ def forward_account(
     scored_positions: int | None = None,
     loss: bool = False,
 ) -> Account:
-    """Account for one forward pass, by component and by primitive.
+    """Account for one forward pass, by component and by primitive. All that its cost depends on is an argument, so they are many.
 
     Parameters
     ----------
@@ -167,73 +188,31 @@ def forward_account(
     if convention not in CONVENTIONS:
         raise UserError(f"convention {convention!r}: choose from {', '.join(CONVENTIONS)}")
     positions = within("scored_positions", scored_positions, length)
-    if not is_qwen2(config):
-        return _counted_account(
-            config, batch_size, length, lora_r, target_modules, head_bias, vocabulary, past, positions
-        )
+    parameters = count_parameters(config, lora_r, target_modules, head_bias)
+    if (other := other_architecture(config)) is not None:
+        from . import counter
+
+        matmuls = counter.forward_matmuls(other, batch_size, length, past, positions, vocabulary)
+        matmuls |= counter.lora_matmuls(other, batch_size * length, lora_r, target_modules)
+        return Account(counter.operations(matmuls), matmuls, "FlopCounterMode", *parameters)
     size = Size.of(config)
     tokens = within("vocabulary", vocabulary, size.vocab)
     groups = size.heads if convention == "course" else size.groups
-    rows, scored, keys = batch_size * length, batch_size * positions, past + length  # R, S, K
-    softmax_rows = batch_size * size.heads * length
-    scores = softmax_rows * keys  # entries of one layer's attention matrices
-    matrices = layer_matrices(size, groups)
-    targets = lora_targets(matrices, lora_r, target_modules)
-    operations: dict[str, dict[str, int]] = {"embedding": {}}
-    matmuls: dict[str, int] = {}
-
-    def count(component: str, **primitives: int) -> None:
-        counts = operations.setdefault(component, {})
-        for primitive, n in primitives.items():
-            counts[primitive] = counts.get(primitive, 0) + n
-
-    def product(component: str, paths: Iterable[str], m: int, n: int, p: int, copies: int = 1) -> None:
-        for path in paths:
-            count(component, multiply=copies * m * n * p, add=copies * m * (n - 1) * p)
-            matmuls[path] = matmuls.get(path, 0) + 2 * copies * m * n * p
-
-    layers, heads = size.layers, batch_size * size.heads
-    attention = _paths(layers, "self_attn")
-    norms = (2 * layers + 1) * rows
-    count("rmsnorm", multiply=3 * size.hidden * norms, add=size.hidden * norms, divide=2 * norms, sqrt=norms)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        path, i, o = matrices[name]
-        product(name, _paths(layers, path), rows, i, o)
-        count(name, add=layers * rows * o)
-    rotated = layers * rows * (size.heads + groups) * size.head_dim
-    count("rope", multiply=2 * rotated, add=rotated, negate=rotated // 2)
-    product("attention scores", attention, length, size.head_dim, keys, heads)
-    count("scale and mask", multiply=layers * scores, add=layers * scores)
-    # keys − 1 additions a softmax row
-    count("softmax", subtract=layers * scores, exp=layers * scores, add=layers * (scores - softmax_rows))
-    count("softmax", divide=layers * scores)
-    product("attention values", attention, length, keys, size.head_dim, heads)
-    for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
-        path, i, o = matrices[name]
-        product(name, _paths(layers, path), rows, i, o)
-    entries = layers * rows * size.intermediate
-    count("swiglu", negate=entries, exp=entries, add=entries, divide=entries, multiply=entries)
-    count("residual", add=2 * layers * rows * size.hidden)
-    for name in targets:
-        path, i, o = matrices[name]
-        product("lora", _paths(layers, f"{path}.lora_A"), rows, i, lora_r)
-        product("lora", _paths(layers, f"{path}.lora_B"), rows, lora_r, o)
-        count("lora", multiply=layers * rows * o, add=layers * rows * o)
-    product("lm_head", ["lm_head"], scored, size.hidden, tokens)
-    if head_bias:
-        count("head bias", add=scored * tokens)
+    tally = _Tally()
+    _count_layers(tally, size, groups, batch_size, length, past + length)
+    _count_lora(tally, size, groups, batch_size * length, lora_r, target_modules)
+    _count_head(tally, size.hidden, batch_size * positions, tokens, head_bias)
     if loss:
-        count("loss", subtract=2 * scored * tokens, exp=scored * tokens, add=scored * (tokens - 1), log=scored)
-        count("loss", negate=scored, add=scored - 1, divide=1)
-    return Account(operations, matmuls, convention, *count_parameters(config, lora_r, target_modules, head_bias))
+        _count_loss(tally, batch_size * positions, tokens)
+    return Account(tally.operations, tally.matmuls, convention, *parameters)
 
 
-def training_flops(config: object, batch_size: int, length: int, **settings: object) -> int:
-    """FLOPs of one training step: three forward passes with the loss (settings as in `forward_account`)."""
-    return forward_account(config, batch_size, length, loss=True, **settings).training
+def training_flops(config: Config, batch_size: int, length: int, **options: Unpack[PassOptions]) -> int:
+    """FLOPs of one training step: three forward passes with the loss (options as in `forward_account`)."""
+    return forward_account(config, batch_size, length, loss=True, **options).training
 
 
-def generation_flops(config: object, batch_size: int, prompt: int, new_tokens: int, **settings: object) -> int:
+def generation_flops(config: Config, batch_size: int, prompt: int, new_tokens: int, **options: Unpack[Options]) -> int:
     """FLOPs of generating `new_tokens` a row with a KV cache.
 
     One pass over the prompt, with the LM head at its last position, gives the first new token; each further one is a
@@ -247,22 +226,21 @@ def generation_flops(config: object, batch_size: int, prompt: int, new_tokens: i
         As in `forward_account`.
     prompt, new_tokens : int
         Tokens a row (padding included), and tokens to generate, at least one each.
-    **settings
+    **options
         `lora_r`, `target_modules`, `head_bias`, `convention`, `vocabulary`, as in `forward_account`.
     """
     if new_tokens < 1:
         raise UserError(f"new_tokens {new_tokens}: must be at least 1")
-    total = forward_account(config, batch_size, prompt, scored_positions=1, **settings).forward
+    total = forward_account(config, batch_size, prompt, scored_positions=1, **options).forward
     if steps := new_tokens - 1:
         ends = (prompt, prompt + steps - 1)
-        total += (
-            steps * sum(forward_account(config, batch_size, 1, past=past, **settings).forward for past in ends) // 2
-        )
+        first, last = (forward_account(config, batch_size, 1, past=past, **options).forward for past in ends)
+        total += steps * (first + last) // 2
     return total
 
 
 def count_parameters(
-    config: object,
+    config: Config,
     lora_r: int = 0,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     head_bias: bool = True,
@@ -271,13 +249,13 @@ def count_parameters(
 
     The head bias is a whole vocabulary long, is trained, and is not part of the base.
     """
-    if is_qwen2(config):
+    if (other := other_architecture(config)) is None:
         base, branches = count_qwen2_parameters(config, lora_r, target_modules)
         return base, branches + head_bias * Size.of(config).vocab
     from . import counter
 
-    shapes = counter.lora_shapes(config, target_modules) if lora_r else {}
-    return counter.count_parameters(config), lora_r * sum(map(sum, shapes.values())) + head_bias * config.vocab_size
+    base, branches = counter.count_parameters(other, lora_r, target_modules)
+    return base, branches + head_bias * other.vocab_size
 
 
 def flops_json(account: Account, train: bool) -> dict[str, object]:
@@ -293,32 +271,76 @@ def flops_json(account: Account, train: bool) -> dict[str, object]:
     }
 
 
+# ---------------------------------------------------------------- Qwen2, derived: the lines of the table above
+
+
+@dataclass
+class _Tally:
+    """Operations and matrix products while they are added up, as in `Account`."""
+
+    operations: dict[str, dict[str, int]] = field(default_factory=lambda: {"embedding": {}})
+    matmuls: dict[str, int] = field(default_factory=dict)
+
+    def count(self, component: str, **primitives: int) -> None:
+        counts = self.operations.setdefault(component, {})
+        for primitive, n in primitives.items():
+            counts[primitive] = counts.get(primitive, 0) + n
+
+    def product(self, component: str, paths: Iterable[str], m: int, n: int, p: int, copies: int = 1) -> None:
+        """Products (m×n)·(n×p), so many `copies` in each module."""
+        for path in paths:
+            self.count(component, multiply=copies * m * n * p, add=copies * m * (n - 1) * p)
+            self.matmuls[path] = self.matmuls.get(path, 0) + 2 * copies * m * n * p
+
+
 def _paths(layers: int, module: str) -> list[str]:
     return [f"model.layers.{layer}.{module}" for layer in range(layers)]
 
 
-def _counted_account(
-    config: object,
-    batch_size: int,
-    length: int,
-    lora_r: int,
-    target_modules: Sequence[str],
-    head_bias: bool,
-    vocabulary: int | None,
-    past: int,
-    positions: int,
-) -> Account:
-    """The account of any other architecture: measured products, LoRA's from the shapes of the matrices it adapts."""
-    from . import counter
+def _count_layers(tally: _Tally, size: Size, groups: int, batch_size: int, length: int, keys: int) -> None:
+    """Every norm, and the layers without their LoRA branches: `length` new tokens a row, each of which sees `keys`."""
+    layers, rows, heads = size.layers, batch_size * length, batch_size * size.heads
+    softmax_rows = heads * length
+    scores = softmax_rows * keys  # entries of one layer's attention matrices
+    matrices, attention = layer_matrices(size, groups), _paths(layers, "self_attn")
+    norms = (2 * layers + 1) * rows
+    tally.count("rmsnorm", multiply=3 * size.hidden * norms, add=size.hidden * norms, divide=2 * norms, sqrt=norms)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        path, i, o = matrices[name]
+        tally.product(name, _paths(layers, path), rows, i, o)
+        tally.count(name, add=layers * rows * o)
+    rotated = layers * rows * (size.heads + groups) * size.head_dim
+    tally.count("rope", multiply=2 * rotated, add=rotated, negate=rotated // 2)
+    tally.product("attention scores", attention, length, size.head_dim, keys, heads)
+    tally.count("scale and mask", multiply=layers * scores, add=layers * scores)
+    # keys − 1 additions a softmax row
+    tally.count("softmax", subtract=layers * scores, exp=layers * scores, add=layers * (scores - softmax_rows))
+    tally.count("softmax", divide=layers * scores)
+    tally.product("attention values", attention, length, keys, size.head_dim, heads)
+    for name in ("o_proj", "gate_proj", "up_proj", "down_proj"):
+        path, i, o = matrices[name]
+        tally.product(name, _paths(layers, path), rows, i, o)
+    entries = layers * rows * size.intermediate
+    tally.count("swiglu", negate=entries, exp=entries, add=entries, divide=entries, multiply=entries)
+    tally.count("residual", add=2 * layers * rows * size.hidden)
 
-    head, matmuls = counter.count_forward(config, batch_size, length, past)
-    tokens = within("vocabulary", vocabulary, config.vocab_size)
-    matmuls[head] = matmuls[head] * positions * tokens // (length * config.vocab_size)
-    for path, shape in (counter.lora_shapes(config, target_modules) if lora_r else {}).items():
-        matmuls[f"{path}.lora"] = 2 * batch_size * length * lora_r * sum(shape)
-    operations: dict[str, dict[str, int]] = {}
-    for path, flops in matmuls.items():
-        counts = operations.setdefault(path.rpartition(".")[2], {"multiply": 0, "add": 0})
-        counts["multiply"] += flops // 2
-        counts["add"] += flops // 2
-    return Account(operations, matmuls, "FlopCounterMode", *count_parameters(config, lora_r, target_modules, head_bias))
+
+def _count_lora(tally: _Tally, size: Size, groups: int, rows: int, lora_r: int, target_modules: Sequence[str]) -> None:
+    matrices = layer_matrices(size, groups)
+    for name in lora_targets(matrices, lora_r, target_modules):
+        path, i, o = matrices[name]
+        tally.product("lora", _paths(size.layers, f"{path}.lora_A"), rows, i, lora_r)
+        tally.product("lora", _paths(size.layers, f"{path}.lora_B"), rows, lora_r, o)
+        tally.count("lora", multiply=size.layers * rows * o, add=size.layers * rows * o)
+
+
+def _count_head(tally: _Tally, hidden: int, scored: int, tokens: int, head_bias: bool) -> None:
+    """The LM head at all `scored` positions together, for so many `tokens` of the vocabulary."""
+    tally.product("lm_head", ["lm_head"], scored, hidden, tokens)
+    if head_bias:
+        tally.count("head bias", add=scored * tokens)
+
+
+def _count_loss(tally: _Tally, scored: int, tokens: int) -> None:
+    tally.count("loss", subtract=2 * scored * tokens, exp=scored * tokens, add=scored * (tokens - 1), log=scored)
+    tally.count("loss", negate=scored, add=scored - 1, divide=1)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ..files import UserError
 
-QWEN_05B = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    Config = Mapping[str, Any] | PreTrainedConfig
+    """An architecture: a transformers config, or a mapping of a Qwen2 config's fields (numbers, names, flags: `Any`)."""
+
+QWEN_05B: dict[
+    str, Any
+] = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -40,7 +49,7 @@ class Size:
     """whether the LM head is the embedding matrix"""
 
     @classmethod
-    def of(cls, config: object) -> Size:
+    def of(cls, config: Config) -> Size:
         """Read a transformers `Qwen2Config`, or a mapping of its fields such as `QWEN_05B`.
 
         Raises
@@ -48,27 +57,34 @@ class Size:
         UserError
             If the activation is not SiLU.
         """
-        config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
-        if (activation := getattr(config, "hidden_act", "silu")) != "silu":
+        fields = SimpleNamespace(**config) if isinstance(config, Mapping) else config
+        if (activation := getattr(fields, "hidden_act", "silu")) != "silu":
             raise UserError(
                 f"hidden_act {activation!r}: the account is derived for 'silu', which every Qwen2 model uses"
             )
-        heads = config.num_attention_heads
+        heads = fields.num_attention_heads
         return cls(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            layers=config.num_hidden_layers,
+            hidden=fields.hidden_size,
+            intermediate=fields.intermediate_size,
+            layers=fields.num_hidden_layers,
             heads=heads,
-            groups=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab=config.vocab_size,
-            tied=config.tie_word_embeddings,
+            groups=getattr(fields, "num_key_value_heads", None) or heads,
+            head_dim=getattr(fields, "head_dim", None) or fields.hidden_size // heads,
+            vocab=fields.vocab_size,
+            tied=fields.tie_word_embeddings,
         )
 
 
-def is_qwen2(config: object) -> bool:
+def other_architecture(config: Config) -> PreTrainedConfig | None:
+    """The config of an architecture other than Qwen2, which is counted and not derived; None for Qwen2's."""
+    if isinstance(config, Mapping) or getattr(config, "model_type", "qwen2") == "qwen2":
+        return None
+    return config
+
+
+def is_qwen2(config: Config) -> bool:
     """Whether the config is Qwen2's; a mapping of fields is taken for one."""
-    return isinstance(config, Mapping) or getattr(config, "model_type", "qwen2") == "qwen2"
+    return other_architecture(config) is None
 
 
 def layer_matrices(size: Size, groups: int) -> dict[str, tuple[str, int, int]]:
@@ -99,7 +115,7 @@ def lora_targets(matrices: Mapping[str, object], lora_r: int, target_modules: Se
     return [name for name in matrices if lora_r and name in target_modules]
 
 
-def count_qwen2_parameters(config: object, lora_r: int, target_modules: Sequence[str]) -> tuple[int, int]:
+def count_qwen2_parameters(config: Config, lora_r: int, target_modules: Sequence[str]) -> tuple[int, int]:
     """Parameters of the base model, a tied matrix once, and of its LoRA branches: r·(i + o) for a matrix i→o."""
     size = Size.of(config)
     matrices = layer_matrices(size, size.groups)

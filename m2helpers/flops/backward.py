@@ -9,13 +9,23 @@ keys and every gradient of the layer's input. The head bias needs no product. Ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ..files import UserError
-from .architecture import Size, check_sizes, is_qwen2, layer_matrices, lora_targets, within
+from .architecture import Size, check_sizes, layer_matrices, lora_targets, other_architecture, within
+
+if TYPE_CHECKING:
+    from .architecture import Config
+
+
+class _Options(TypedDict, total=False):
+    target_modules: Sequence[str]
+    vocabulary: int | None
+    scored_positions: int | None
 
 
 def lora_backward_matmuls(
-    config: object,
+    config: Config,
     batch_size: int,
     length: int,
     *,
@@ -41,8 +51,8 @@ def lora_backward_matmuls(
     UserError
         For an architecture other than Qwen2, and as `forward_account`.
     """
-    if not is_qwen2(config):
-        raise UserError(f"{config.model_type}: the true backward cost is derived for qwen2 only; use a Qwen2 config")
+    if (other := other_architecture(config)) is not None:
+        raise UserError(f"{other.model_type}: the true backward cost is derived for qwen2 only; use a Qwen2 config")
     check_sizes(batch_size, length, lora_r)
     positions = within("scored_positions", scored_positions, length)
     size = Size.of(config)
@@ -74,6 +84,8 @@ def lora_backward_matmuls(
     return {path: flops for path, flops in matmuls.items() if flops}
 
 
-def lora_backward_flops(config: object, batch_size: int, length: int, **settings: object) -> int:
-    """FLOPs of the matrix products of one LoRA backward pass (settings as in `lora_backward_matmuls`)."""
-    return sum(lora_backward_matmuls(config, batch_size, length, **settings).values())
+def lora_backward_flops(
+    config: Config, batch_size: int, length: int, *, lora_r: int, **options: Unpack[_Options]
+) -> int:
+    """FLOPs of the matrix products of one LoRA backward pass (options as in `lora_backward_matmuls`)."""
+    return sum(lora_backward_matmuls(config, batch_size, length, lora_r=lora_r, **options).values())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-from .account import CONVENTIONS, forward_account, generation_flops
+from .account import CONVENTIONS, Options, forward_account, generation_flops
 from .architecture import is_qwen2
+
+if TYPE_CHECKING:
+    from .architecture import Config
 
 
 @dataclass(frozen=True)
@@ -27,27 +31,6 @@ class Cost:
         return Cost(self.tokens * times, self.flops * times, self.flops_course * times)
 
 
-def forward_cost(config: object, batch_size: int, length: int, **settings: object) -> Cost:
-    """Cost of one forward pass (settings as in `forward_account`)."""
-    price = lambda c: forward_account(config, batch_size, length, convention=c, **settings).forward  # noqa: E731
-    return Cost(batch_size * length, *_by_convention(config, price))
-
-
-def training_cost(
-    config: object, batch_size: int, length: int, *, gradient_checkpointing: bool = False, **settings: object
-) -> Cost:
-    """Cost of one training step (settings as in `forward_account`): three forward passes with the loss.
-
-    With activation checkpointing the layers run forward once more.
-    """
-
-    def price(convention: str) -> int:
-        account = forward_account(config, batch_size, length, loss=True, convention=convention, **settings)
-        return account.training + gradient_checkpointing * account.blocks
-
-    return Cost(batch_size * length, *_by_convention(config, price))
-
-
 @dataclass(frozen=True)
 class Adaptation:
     """What the price of a step depends on beside the base and the batch: what is adapted, and what is scored."""
@@ -61,34 +44,80 @@ class Adaptation:
     gradient_checkpointing: bool = False
     """Whether the layers run forward once more in the backward pass."""
 
+    def options(self, convention: str) -> Options:
+        """What the account asks for, by one convention."""
+        return Options(
+            lora_r=self.lora_r,
+            target_modules=self.target_modules,
+            vocabulary=self.vocabulary,
+            convention=convention,
+        )
+
+
+UNADAPTED = Adaptation()
+
+
+def forward_cost(
+    config: Config,
+    batch_size: int,
+    length: int,
+    adapted: Adaptation = UNADAPTED,
+    *,
+    loss: bool = False,
+    scored_positions: int | None = None,
+) -> Cost:
+    """Cost of one forward pass (`loss` and `scored_positions` as in `forward_account`)."""
+
+    def price(convention: str) -> int:
+        how = adapted.options(convention)
+        return forward_account(config, batch_size, length, loss=loss, scored_positions=scored_positions, **how).forward
+
+    return Cost(batch_size * length, *_by_convention(config, price))
+
+
+def training_cost(config: Config, batch_size: int, length: int, adapted: Adaptation = UNADAPTED) -> Cost:
+    """Cost of one training step: three forward passes with the loss.
+
+    With activation checkpointing the layers run forward once more.
+    """
+
+    def price(convention: str) -> int:
+        account = forward_account(config, batch_size, length, loss=True, **adapted.options(convention))
+        return account.training + adapted.gradient_checkpointing * account.blocks
+
+    return Cost(batch_size * length, *_by_convention(config, price))
+
+
+def generation_cost(
+    config: Config, batch_size: int, prompt: int, new_tokens: int, adapted: Adaptation = UNADAPTED
+) -> Cost:
+    """Cost of generating with a KV cache (as in `generation_flops`)."""
+
+    def price(convention: str) -> int:
+        return generation_flops(config, batch_size, prompt, new_tokens, **adapted.options(convention))
+
+    return Cost(batch_size * (prompt + new_tokens), *_by_convention(config, price))
+
 
 BatchCost = Callable[[tuple[int, int]], Cost]
 """Shape of a batch, (rows, length) → what it costs."""
 
 
-def batch_costs(config: object, adaptation: Adaptation) -> tuple[BatchCost, BatchCost]:
+def batch_costs(config: Config, adapted: Adaptation) -> tuple[BatchCost, BatchCost]:
     """What a training step of a run and a pass of its validation cost; each shape is worked out once."""
-    how = asdict(adaptation)
-    validation = {key: value for key, value in how.items() if key != "gradient_checkpointing"}
 
     @cache
     def step_cost(shape: tuple[int, int]) -> Cost:
-        return training_cost(config, *shape, **how)
+        return training_cost(config, *shape, adapted)
 
     @cache
     def pass_cost(shape: tuple[int, int]) -> Cost:
-        return forward_cost(config, *shape, loss=True, **validation)
+        return forward_cost(config, *shape, adapted, loss=True)
 
     return step_cost, pass_cost
 
 
-def generation_cost(config: object, batch_size: int, prompt: int, new_tokens: int, **settings: object) -> Cost:
-    """Cost of generating with a KV cache (arguments as in `generation_flops`)."""
-    price = lambda c: generation_flops(config, batch_size, prompt, new_tokens, convention=c, **settings)  # noqa: E731
-    return Cost(batch_size * (prompt + new_tokens), *_by_convention(config, price))
-
-
-def _by_convention(config: object, price: Callable[[str], int]) -> tuple[int, int]:
+def _by_convention(config: Config, price: Callable[[str], int]) -> tuple[int, int]:
     """Both conventions; they are one for an architecture that is counted, not derived, and counting takes time."""
     exact, course = CONVENTIONS
     first = price(exact)

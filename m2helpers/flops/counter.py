@@ -13,12 +13,13 @@ from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..files import UserError
+from .architecture import within
 
 
-def meta_model(config: object) -> torch.nn.Module:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a causal LM on the `meta` device from its transformers config, with eager attention, in eval mode."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -49,12 +50,12 @@ def own_flops(counter: FlopCounterMode) -> dict[str, int]:
     return {path.partition(".")[2]: flops for path, flops in own.items() if flops}
 
 
-def count_forward(config: object, batch_size: int, length: int, past: int = 0) -> tuple[str, dict[str, int]]:
+def count_forward(config: PreTrainedConfig, batch_size: int, length: int, past: int = 0) -> tuple[str, dict[str, int]]:
     """Measure one forward pass of `length` new tokens a row after `past` cached ones.
 
     Parameters
     ----------
-    config : PretrainedConfig
+    config : PreTrainedConfig
         Config of any causal LM that transformers knows.
     batch_size, length, past : int
         Rows, new tokens a row, tokens a row already in the KV cache.
@@ -75,14 +76,46 @@ def count_forward(config: object, batch_size: int, length: int, past: int = 0) -
     return head, own_flops(counter)
 
 
-def lora_shapes(config: object, target_modules: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of the matrices that LoRA would adapt: every module whose own name is in `target_modules`.
+def forward_matmuls(
+    config: PreTrainedConfig, batch_size: int, length: int, past: int, positions: int, vocabulary: int | None
+) -> dict[str, int]:
+    """`count_forward`'s products, the head's at so many positions a row and tokens of the vocabulary alone."""
+    head, matmuls = count_forward(config, batch_size, length, past)
+    tokens = within("vocabulary", vocabulary, config.vocab_size)
+    matmuls[head] = matmuls[head] * positions * tokens // (length * config.vocab_size)
+    return matmuls
+
+
+def lora_matmuls(config: PreTrainedConfig, rows: int, lora_r: int, target_modules: Sequence[str]) -> dict[str, int]:
+    """Module path to FLOPs of LoRA branches on `rows` tokens, from the shapes of the matrices they adapt; none at rank 0.
 
     Raises
     ------
     UserError
-        If a name fits no module of the model.
+        If a target fits no module of the model.
     """
+    shapes = _lora_shapes(config, target_modules) if lora_r else {}
+    return {f"{path}.lora": 2 * rows * lora_r * sum(shape) for path, shape in shapes.items()}
+
+
+def operations(matmuls: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Products by the module's own name, at 2·m·n·p: half of them multiplications, half additions."""
+    counts: dict[str, dict[str, int]] = {}
+    for path, flops in matmuls.items():
+        component = counts.setdefault(path.rpartition(".")[2], {"multiply": 0, "add": 0})
+        component["multiply"] += flops // 2
+        component["add"] += flops // 2
+    return counts
+
+
+def count_parameters(config: PreTrainedConfig, lora_r: int, target_modules: Sequence[str]) -> tuple[int, int]:
+    """Parameters of the model, a tied matrix once, and of its LoRA branches: r·(i + o) for a matrix i→o."""
+    shapes = _lora_shapes(config, target_modules) if lora_r else {}
+    return sum(p.numel() for p in _model(config).parameters()), lora_r * sum(map(sum, shapes.values()))
+
+
+def _lora_shapes(config: PreTrainedConfig, target_modules: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Weight shapes of the matrices that LoRA would adapt: every module whose own name is in `target_modules`."""
     modules = {path: path.rpartition(".")[2] for path, _ in _model(config).named_modules()}
     for name in target_modules:
         if name not in modules.values():
@@ -90,21 +123,19 @@ def lora_shapes(config: object, target_modules: Sequence[str]) -> dict[str, tupl
                 f"target module {name!r}: not in a {config.model_type} model; name one of its linear layers"
             )
     return {
-        path: tuple(_model(config).get_submodule(path).weight.shape)
+        path: tuple(_model(config).get_parameter(f"{path}.weight").shape)
         for path, name in modules.items()
         if name in target_modules
     }
 
 
-def count_parameters(config: object) -> int:
-    """Parameters of the model, a tied matrix once."""
-    return sum(p.numel() for p in _model(config).parameters())
-
-
-def _model(config: object) -> torch.nn.Module:
-    return _cached_model(type(config), json.dumps(config.to_dict(), default=str))
+def _model(config: PreTrainedConfig) -> PreTrainedModel:
+    text = json.dumps(config.to_dict(), default=str)
+    return _cached_model(type(config), text)  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
 
 
 @lru_cache(maxsize=4)
-def _cached_model(config_class: type, text: str) -> torch.nn.Module:  # generation asks for the same model thrice a row
+def _cached_model(
+    config_class: type[PreTrainedConfig], text: str
+) -> PreTrainedModel:  # generation asks for the same model thrice a row
     return meta_model(config_class.from_dict(json.loads(text)))

@@ -55,7 +55,7 @@ def _pool(systems: list[Family], rng: np.random.Generator, n: int, steps: int) -
 
 
 @_family
-def damped_oscillations(rng, n, steps):
+def damped_oscillations(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Two sinusoids of one period, apart in phase, that die away (or, rarely, grow), with a harmonic."""
     phase = phases(rng, n, steps)
     rate = -rng.choice([0, 1, 1, 1, -0.2], (n, 1)) * log_uniform(rng, 0.003, 0.04, (n, 1))
@@ -66,13 +66,13 @@ def damped_oscillations(rng, n, steps):
 
 
 @_family
-def exponential_oscillations(rng, n, steps):
+def exponential_oscillations(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Exponentials of damped oscillations: sharp peaks, long low stretches."""
     return np.exp(log_uniform(rng, 0.3, 2.5, (n, 1, 1)) * damped_oscillations(rng, n, steps))
 
 
 @_family
-def linear_systems(rng, n, steps):
+def linear_systems(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Three coupled linear equations, every mode damped or neutral."""
     matrix = rng.normal(0, 0.5, (3, 3, n))
     matrix = matrix - matrix.transpose(1, 0, 2) * rng.uniform(0.2, 1, n)  # mostly rotation
@@ -82,31 +82,34 @@ def linear_systems(rng, n, steps):
 
 
 @_family
-def relaxation_oscillators(rng, n, steps):
+def relaxation_oscillators(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Slow creep and sudden jumps: a triode, a nerve, a reaction that feeds itself."""
     return _pool([van_der_pol, fitzhugh_nagumo, brusselator], rng, n, steps)
 
 
 @_family
-def glycolysis(rng, n, steps):
+def glycolysis(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Sel'kov's model of glycolysis (1968), damped or cycling."""
     a, b = rng.uniform(0.04, 0.14, n), rng.uniform(0.35, 0.9, n)
-    field = lambda s: np.stack([-s[0] + a * s[1] + s[0] ** 2 * s[1], b - a * s[1] - s[0] ** 2 * s[1]])  # noqa: E731
+
+    def field(s: np.ndarray) -> np.ndarray:
+        return np.stack([-s[0] + a * s[1] + s[0] ** 2 * s[1], b - a * s[1] - s[0] ** 2 * s[1]])
+
     return integrate(field, rng.uniform(0.3, 2, (2, n)), 8.0, rng, steps, 10)
 
 
 @_family
-def pendulums_and_springs(rng, n, steps):
+def pendulums_and_springs(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Mechanical oscillators with a restoring force that is not linear."""
     return _pool([pendulum, duffing, anharmonic_oscillator], rng, n, steps)
 
 
 @_family
-def limit_cycle_normal_form(rng, n, steps):
+def limit_cycle_normal_form(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Stuart–Landau oscillator: a spiral on to a circle, or into a point."""
     growth, twist = rng.uniform(-0.15, 0.3, n), rng.uniform(-0.8, 0.8, n)
 
-    def field(s):
+    def field(s: np.ndarray) -> np.ndarray:
         square = (s**2).sum(0)
         real, imaginary = growth - square, 1 - twist * square
         return np.stack([real * s[0] - imaginary * s[1], imaginary * s[0] + real * s[1]])
@@ -115,64 +118,72 @@ def limit_cycle_normal_form(rng, n, steps):
 
 
 @_family
-def nonlinear_oscillators(rng, n, steps):
+def nonlinear_oscillators(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """A weight whose speed bends with its momentum, on a spring that bends too: smooth rising curves drawn at random."""
     height, knee = np.abs(rng.normal(0, 1, (2, 4, n))), rng.normal(0, 1.2, (2, 4, n))
     slope, friction = log_uniform(rng, 0.4, 2, (2, 4, n)), log_uniform(rng, 0.003, 0.1, n)
     rest, whole = np.tanh(slope * knee), height.sum(axis=1)  # (2, 4, n) and (2, n)
 
-    def curve(i, x):
+    def curve(i: int, x: np.ndarray) -> np.ndarray:
         rise = np.tanh(slope[i] * (x - knee[i])) + rest[i]  # (4, n), nought at nought
         return 1.5 * (height[i] * rise).sum(0) / whole[i]
 
-    field = lambda s: np.stack([curve(0, s[1]), -curve(1, s[0])]) - friction * s  # noqa: E731
+    def field(s: np.ndarray) -> np.ndarray:
+        return np.stack([curve(0, s[1]), -curve(1, s[0])]) - friction * s
+
     return integrate(field, rng.normal(0, 1, (2, n)), 6.3, rng, steps)
 
 
 @_family
-def feedback_loops(rng, n, steps):
+def feedback_loops(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Products that shut off their own making, or one another's, a few stages away: damped or cycling."""
     return _pool([goodwin, repressilator], rng, n, steps)
 
 
 @_family
-def activator_inhibitor(rng, n, steps):
+def activator_inhibitor(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Reactions of which one product speeds up its own making and that of its brake, damped or cycling."""
     return _pool([gierer_meinhardt, lengyel_epstein], rng, n, steps)
 
 
 @_family
-def thermokinetics(rng, n, steps):
+def thermokinetics(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """A fuel fed in evenly that burns faster the hotter it gets (Salnikov 1949), damped or cycling."""
     heat = rng.uniform(1.05, 1.5, n)  # temperature at rest
     feed = (heat - 1 + rng.uniform(-0.01, 0.12, n)) / np.exp(heat)  # near the edge between rest and cycle
-    field = lambda s: np.stack([feed * (heat - s[0] * np.exp(s[1])), s[0] * np.exp(s[1]) - s[1]])  # noqa: E731
+
+    def field(s: np.ndarray) -> np.ndarray:
+        return np.stack([feed * (heat - s[0] * np.exp(s[1])), s[0] * np.exp(s[1]) - s[1]])
+
     start = np.stack([heat * np.exp(-heat) * rng.uniform(0.4, 1.8, n), heat * rng.uniform(0.4, 1.6, n)])
     return integrate(field, start, 6.3 / np.sqrt(feed * np.exp(heat)), rng, steps, 12)
 
 
 @_family
-def schnakenberg(rng, n, steps):
+def schnakenberg(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Autocatalysis fed from both sides (Schnakenberg 1979), damped or cycling."""
     a, b = rng.uniform(0.02, 0.2, n), rng.uniform(0.4, 1.2, n)
-    field = lambda s: np.stack([a - s[0] + s[0] ** 2 * s[1], b - s[0] ** 2 * s[1]])  # noqa: E731
+
+    def field(s: np.ndarray) -> np.ndarray:
+        return np.stack([a - s[0] + s[0] ** 2 * s[1], b - s[0] ** 2 * s[1]])
+
     return integrate(field, rng.uniform(0.2, 2, (2, n)), 7.0, rng, steps, 10)
 
 
 @_family
-def chaotic_flows(rng, n, steps):
+def chaotic_flows(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Lorenz's convection, Rössler's band, feedback that comes late, random smooth equations."""
     return _pool([lorenz, rossler, delayed_feedback, random_networks], rng, n, steps)
 
 
 @_family
-def without_cycles(rng, n, steps):
+def without_cycles(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Ways to a rest, and what no equation foretells: growth, competition, epidemics; random processes, steps and spikes."""
     rests = [growth_and_decay, two_species_competition, epidemic]
     return _pool([*rests, gaussian_process, noise_with_memory, trend_and_season, steps_and_spikes], rng, n, steps)
 
 
-def _product(rng, n, steps):
+def _product(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """The product of two other families' variables, term by term."""
     first, second = damped_oscillations(rng, n, steps), smooth_random(rng, n, steps)[:, :, :2]
     scale = np.abs(second).max(axis=(1, 2), keepdims=True)
@@ -180,7 +191,7 @@ def _product(rng, n, steps):
 
 
 @_family
-def products(rng, n, steps):
+def products(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Oscillations whose amplitude changes: with a slow beat, or as a smooth random series does."""
     return _pool([modulated_oscillations, _product], rng, n, steps)
 
@@ -192,12 +203,12 @@ def _exponential(systems: list[Family], rng: np.random.Generator, n: int, steps:
 
 
 @_family
-def exponential_springs(rng, n, steps):
+def exponential_springs(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Exponentials of pendulums and springs."""
     return _exponential([pendulum, duffing], rng, n, steps)
 
 
 @_family
-def exponential_systems(rng, n, steps):
+def exponential_systems(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """Exponentials of linear systems, spirals and relaxation oscillators."""
     return _exponential([linear_systems, limit_cycle_normal_form, van_der_pol], rng, n, steps)

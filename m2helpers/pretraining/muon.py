@@ -38,7 +38,7 @@ class Muon(torch.optim.AdamW):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: nothing here computes a loss twice
         """Take one step and drop the gradients of Muon's matrices."""
         for group in self.param_groups:
             if group["muon"]:
@@ -52,6 +52,7 @@ class Muon(torch.optim.AdamW):
         for parameters in by_shape.values():
             updates = []
             for p in parameters:
+                assert p.grad is not None  # every matrix of a layer takes part in every loss
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - self.momentum)
                 updates.append(_wide(p.grad.lerp(buffer, self.momentum)))  # Nesterov's look ahead

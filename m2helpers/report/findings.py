@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 
 from ..evaluation.protocols import P5_CONTEXTS
 from ..evaluation.scores import from_json, origins
-from ..experiments.planning import ABLATION, AS_PUBLISHED, FINAL_STAGES, plan_of
+from ..experiments.planning import ABLATION, AS_PUBLISHED, FINAL_STAGES, Plan, plan_of
 from ..experiments.runner import sweep_table
 from ..files import read_json
 from ..paths import checkpoint_folder
@@ -78,21 +79,33 @@ def grid_losses(base: str = "embedded") -> pd.DataFrame:
 
 def advice(base: str = "embedded") -> str:
     """Recommendations for a tight budget in Markdown, as far as there are records to tie them to."""
-    folder, plan, grid = checkpoint_folder(base), plan_of(base), grid_losses(base)
+    grid = grid_losses(base)
     if grid.empty:
         return "No sweep has been recorded for this base."
+    folder, plan = checkpoint_folder(base), plan_of(base)
+    points = [
+        *_on_the_grid(grid),
+        *_on_the_length(folder, plan),
+        *_on_the_changes(folder, plan),
+        *_on_the_steps(folder),
+    ]
+    return "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))
+
+
+def _on_the_grid(grid: pd.DataFrame) -> Iterator[str]:
     ranked = grid.drop(index=0, errors="ignore")
     rank, rate = ranked.stack().idxmin()
     best, control = ranked.loc[rank, rate], grid.loc[0].min() if 0 in grid.index else np.nan
     by_rate, by_rank = ranked.min(), ranked.min(axis=1)
-    points = [
+    yield (
         f"**Learning rate and rank.** Over the rates tried, the best run of each spans {by_rate.min():.4f} to {by_rate.max():.4f} in "
         f"validation loss (best: {rate:g}{_edge(rate, list(ranked))}); over the ranks, {by_rank.min():.4f} to {by_rank.max():.4f} (best: {rank}{_edge(rank, list(ranked.index))})."
-    ]
-    if control == control:
-        points.append(
-            f"**The head bias alone.** Rank 0 ends at {control:.4f}, rank {rank} at {best:.4f} after as many steps."
-        )
+    )
+    if not np.isnan(control):
+        yield f"**The head bias alone.** Rank 0 ends at {control:.4f}, rank {rank} at {best:.4f} after as many steps."
+
+
+def _on_the_length(folder: Path, plan: Plan) -> Iterator[str]:
     table = sweep_table(folder).set_index("run")
     runs = {
         run.settings.max_length: table.loc[run.name] for run in plan.runs_of(["context"]) if run.name in table.index
@@ -102,33 +115,39 @@ def advice(base: str = "embedded") -> str:
         tried = "; ".join(
             f"{n} tokens, {_cell(error, row[error])} for {row['flops']:.2g} FLOPs" for n, row in sorted(runs.items())
         )
-        points.append(f"**Length of the windows.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}.")
+        yield f"**Length of the windows.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}."
+
+
+def _on_the_changes(folder: Path, plan: Plan) -> Iterator[str]:
     changes = sweep_table(folder, ABLATION)
-    if not changes.empty:
-        changes = changes.assign(change=changes["run"].map(_in_words)).set_index("change")
-        changes = changes[changes["precision"] == plan.final.precision]  # other texts have other losses
-        if AS_PUBLISHED in changes.index:
-            reference = changes.loc[AS_PUBLISHED]
-            said = [
-                f"{words} {row['val_loss'] - reference['val_loss']:+.4f} (FLOPs ×{row['flops'] / reference['flops']:.2f})"
-                for words, row in changes.drop(index=AS_PUBLISHED).sort_values("val_loss").iterrows()
-            ]
-            points.append(
-                f"**What else is worth its price**, as change of the validation loss against the published setting ({reference['val_loss']:.4f}) "
-                f"after {reference['max_steps']:g} steps: {'; '.join(said)}."
-            )
+    if changes.empty:
+        return
+    changes = changes.assign(change=changes["run"].map(_in_words)).set_index("change")
+    changes = changes[changes["precision"] == plan.final.precision]  # other texts have other losses
+    if AS_PUBLISHED in changes.index:
+        reference = changes.loc[AS_PUBLISHED]
+        said = [
+            f"{words} {row['val_loss'] - reference['val_loss']:+.4f} (FLOPs ×{row['flops'] / reference['flops']:.2f})"
+            for words, row in changes.drop(index=AS_PUBLISHED).sort_values("val_loss").iterrows()
+        ]
+        yield (
+            f"**What else is worth its price**, as change of the validation loss against the published setting ({reference['val_loss']:.4f}) "
+            f"after {reference['max_steps']:g} steps: {'; '.join(said)}."
+        )
+
+
+def _on_the_steps(folder: Path) -> Iterator[str]:
     history = folder / "final" / "history.csv"
     if history.is_file():
         final = pd.read_csv(history)
         half = final[final["step"] <= final["step"].iloc[-1] / 2]
-        points.append(
+        yield (
             f"**Stop early if you must.** Half of the final run's steps bring the validation loss to {half['val_loss'].min():.4f}, "
             f"all of them to {final['val_loss'].min():.4f}."
         )
-    return "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))
 
 
-def _edge(value: float, values: list) -> str:
+def _edge(value: float, values: Sequence[float]) -> str:
     return ", on the edge of the grid" if value in (min(values), max(values)) else ""
 
 
@@ -148,7 +167,7 @@ def _rows(table: pd.DataFrame, names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _cell(name: str, value: object) -> str:
+def _cell(name: str, value: str | float | None) -> str:
     if isinstance(value, str):
         return value
     if value is None or value != value:

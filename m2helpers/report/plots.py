@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,8 +76,8 @@ def log_scale(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def plot_series(ax: Axes, time: np.ndarray, values: np.ndarray, **line) -> None:
-    """Prey and predator against time, (steps,) and (steps, 2)."""
+def plot_series(ax: Axes, time: np.ndarray, values: np.ndarray, **line: Any) -> None:
+    """Prey and predator against time, (steps,) and (steps, 2); `line` is matplotlib's to read."""
     for column, (name, colour) in enumerate(VARIABLES.items()):
         ax.plot(time, values[:, column], **({"color": colour, "label": name} | line))
     ax.set(xlabel="time", ylabel="population")
@@ -121,8 +122,8 @@ def plot_interval(ax: Axes, time: np.ndarray, samples: np.ndarray) -> None:
         ax.fill_between(time, low[:, column], high[:, column], color=colour, alpha=0.2, lw=0)
 
 
-def plot_phase(ax: Axes, values: np.ndarray, **line) -> None:
-    """Predator against prey, (steps, 2), with the start marked."""
+def plot_phase(ax: Axes, values: np.ndarray, **line: Any) -> None:
+    """Predator against prey, (steps, 2), with the start marked; `line` is matplotlib's to read."""
     (drawn,) = ax.plot(values[:, 0], values[:, 1], **({"lw": 1.0} | line))
     ax.plot(*values[0], "o", ms=4, color=drawn.get_color())
     ax.set(xlabel="prey population", ylabel="predator population")
@@ -187,12 +188,12 @@ def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result
         Standard deviation of each variable, population units.
     """
     for stage, rows in results.items():
-        rows = [row for row in rows if row.mae_per_variable is not None]
+        errors = {row.context: row.mae_per_variable for row in rows if row.mae_per_variable is not None}
         for column, (name, colour) in enumerate(VARIABLES.items()):
             for ax, factor in zip(axes, (1, 100 / spread[column]), strict=True):
-                errors = [factor * row.mae_per_variable[column] for row in rows]
-                line = dict(color=colour, ls=STAGE_LINES[stage], label=f"{name}, {stage}")
-                ax.plot([row.context for row in rows], errors, "o", ms=4, **line)
+                shown = [factor * by_variable[column] for by_variable in errors.values()]
+                look, label = {"color": colour, "ls": STAGE_LINES[stage]}, f"{name}, {stage}"
+                ax.plot(list(errors), shown, "o", ms=4, label=label, **look)
     contexts = sorted({row.context for rows in results.values() for row in rows})
     for ax, unit in zip(axes, ("population units", "% of standard deviation"), strict=True):
         ax.set(xlabel="context (tokens)", ylabel=f"mean absolute error\n({unit})", xticks=contexts)
@@ -202,7 +203,7 @@ def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result
 def plot_by_family(ax: Axes, losses: Mapping[str, Mapping[str, float]]) -> None:
     """Loss on each pre-training family, a dot for each stage, families in the order of the first one's loss."""
     first = next(iter(losses.values()))
-    families = sorted(first, key=first.get)
+    families = sorted(first, key=first.__getitem__)
     for stage, by_family in losses.items():
         ax.plot([by_family[name] for name in families], range(len(families)), "o", color=STAGES[stage], label=stage)
     ax.set(xlabel="loss (nats a token)", yticks=range(len(families)))

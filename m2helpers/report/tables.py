@@ -84,6 +84,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
     reference : str, optional
         Label that changes are counted from.
     """
+    before = {row.context: row for row in results.get(reference, [])} if reference else {}
     rows = []
     for label, measured in results.items():
         for result in measured:
@@ -93,7 +94,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
             if result.mae_per_variable is not None and len(result.mae_per_variable) == 2:
                 row |= dict(zip(("MAE prey", "MAE predator"), result.mae_per_variable, strict=True))
             row["valid"] = f"{result.n_valid} of {result.n}"
-            against = {r.context: r for r in results.get(reference, [])}.get(result.context)
+            against = before.get(result.context)
             if against is not None and against is not result and _comparable(result, against):
                 change, low, high = paired_change(result, against)
                 row[f"change against {reference}"] = f"{change:+.0f} % ({low:+.0f} to {high:+.0f})"
@@ -159,14 +160,14 @@ def verdict(change: tuple[float, float, float]) -> str:
 
 def extremes(result: Result) -> dict[str, int]:
     """Which windows have the smallest, the median and the largest error: ``best``, ``median``, ``worst`` → position."""
-    valid = [i for i, error in enumerate(result.window_mae) if error is not None]
-    order = sorted(valid, key=result.window_mae.__getitem__)
+    valid = [(error, i) for i, error in enumerate(result.window_mae) if error is not None]
+    order = [i for _, i in sorted(valid)]
     return {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
 
 
 def headline_table(base: str = "embedded") -> str:
     """The front page's table in Markdown: P5 error by stage and context, ours with intervals beside the published."""
-    ours, baselines = stage_results(base), baseline_results()
+    ours = stage_results(base)
     lines = markdown_header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
     for stage, rows in ours.items():
         cells = dict.fromkeys(P5_CONTEXTS, "–")  # not measured
@@ -176,31 +177,35 @@ def headline_table(base: str = "embedded") -> str:
         lines.append(
             f"| *{PUBLISHED_SOURCE}, {stage}* | {' | '.join(f'*{mae:.4f}*' for mae, _ in by_context.values())} |"
         )
-    for name, rows in baselines.items():
+    for name, rows in baseline_results().items():
         lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
+    return "\n".join([*lines, *_verdicts(ours), "", _provenance(base, ours)])
+
+
+def _verdicts(ours: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Each stage against the untrained base in words, where they can be compared."""
     before = {row.context: row for row in ours.get("untrained", [])}
     verdicts = []
     for stage, rows in ours.items():
-        if stage == "untrained" or not all(
-            row.context in before and _comparable(row, before[row.context]) for row in rows
-        ):
-            continue
-        pairs = [(row, verdict(paired_change(row, before[row.context]))) for row in rows]
-        words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
-        verdicts.append(f"{stage.capitalize()} against untrained: {words}.")
-    if verdicts:
-        lines += ["", f"On the windows both got valid: {' '.join(verdicts)}"]
+        known = all(row.context in before and _comparable(row, before[row.context]) for row in rows)
+        if stage != "untrained" and known:
+            pairs = [(row, verdict(paired_change(row, before[row.context]))) for row in rows]
+            words = "; ".join(f"S = {row.context}, {word}" for row, word in pairs)
+            verdicts.append(f"{stage.capitalize()} against untrained: {words}.")
+    return ["", f"On the windows both got valid: {' '.join(verdicts)}"] if verdicts else []
+
+
+def _provenance(base: str, ours: Mapping[str, Sequence[Result]]) -> str:
+    """What the figures rest on: split, intervals, seeds, forecasts that count."""
     seeds = {stage: len(seed_records(checkpoint_folder(base), stage)) for stage in ours if stage != "untrained"}
     several = ", ".join(f"{stage} {n}" for stage, n in seeds.items()) + ", of which the first is shown"
     trained = several if max(seeds.values(), default=1) > 1 else "1"
     valid = sum(row.n_valid for rows in ours.values() for row in rows)
     total = sum(row.n for rows in ours.values() for row in rows)
-    lines += [
-        "",
+    return (
         f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {trained}; "
-        f"{valid:,} of {total:,} forecasts of ours parsed whole and count.",
-    ]
-    return "\n".join(lines)
+        f"{valid:,} of {total:,} forecasts of ours parsed whole and count."
+    )
 
 
 def _errors(result: Result) -> str:

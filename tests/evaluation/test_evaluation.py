@@ -14,6 +14,7 @@ from m2helpers.evaluation.protocols import Case, make_cases
 from m2helpers.evaluation.scores import Result, bootstrap, from_json, paired_change, score, to_json
 from m2helpers.files import UserError, read_json, write_json
 from m2helpers.forecasting import Generated
+from m2helpers.paths import CHECKPOINTS
 from m2helpers.text import Codec, fit_scale
 
 CODEC = Codec(1.0)
@@ -155,7 +156,11 @@ def test_long_protocols_cut_between_steps(protocol, known, ahead):
         make_cases(trajectories[:, :99], CODEC, protocol)
 
 
-def test_an_unknown_protocol_is_refused():
+def test_an_unknown_protocol_is_refused(tmp_path):
+    with pytest.raises(UserError, match="protocol P5: give a context, in tokens"):
+        make_cases(np.ones((1, 100, 2)), CODEC, "P5")
+    with pytest.raises(UserError, match="protocol 'P6': choose from P5, L50, L20"):
+        evaluate_baselines(_dataset(np.ones((12, 100, 2))), CODEC, "P6", cache=tmp_path)
     with pytest.raises(UserError, match="protocol 'P6': choose from P5, L50, L20"):
         make_cases(np.ones((1, 100, 2)), CODEC, "P6")
 
@@ -236,20 +241,31 @@ def test_the_score_worked_by_hand():
         np.empty((0, 2)),  # nothing parsed
     ]
     got = score(cases, forecasts)
-    assert got["n"] == 4 and got["n_valid"] == 2 and got["series"] == [0, 0, 1, 2]
-    assert got["window_mae"] == [pytest.approx(0.15), None, pytest.approx(0.15), None]
-    assert got["mae"] == pytest.approx((0.1 + 0.3 + 0.2 + 0.5 + 0.1) / 8)
-    assert got["mse"] == pytest.approx((0.01 + 0.09 + 0.04 + 0.25 + 0.01) / 8)
-    assert got["rmse"] == pytest.approx((0.4 / 8) ** 0.5)
-    assert got["mae_per_variable"] == pytest.approx([(0.1 + 0.5) / 4, (0.3 + 0.2 + 0.1) / 4])
-    assert got["per_step_mae"] == pytest.approx([(0.1 + 0.3 + 0.5) / 4, (0.2 + 0.1) / 4])
-    assert got["ci_mae"] == pytest.approx([0.15, 0.15])
+    assert got.n == 4 and got.n_valid == 2 and got.series == [0, 0, 1, 2]
+    assert got.window_mae == [pytest.approx(0.15), None, pytest.approx(0.15), None]
+    assert got.mae == pytest.approx((0.1 + 0.3 + 0.2 + 0.5 + 0.1) / 8)
+    assert got.mse == pytest.approx((0.01 + 0.09 + 0.04 + 0.25 + 0.01) / 8)
+    assert got.rmse == pytest.approx((0.4 / 8) ** 0.5)
+    assert got.mae_per_variable == pytest.approx([(0.1 + 0.5) / 4, (0.3 + 0.2 + 0.1) / 4])
+    assert got.per_step_mae == pytest.approx([(0.1 + 0.3 + 0.5) / 4, (0.2 + 0.1) / 4])
+    assert got.ci_mae == pytest.approx([0.15, 0.15])
 
 
 def test_nothing_valid_has_no_error():
     got = score([Case(0, 0, "", np.ones((2, 2)), 0)], [np.ones((1, 2))])
-    assert got["n_valid"] == 0 and got["window_mae"] == [None]
-    assert all(got[name] is None for name in ("mse", "rmse", "mae", "mae_per_variable", "per_step_mae", "ci_mae"))
+    assert got.n_valid == 0 and got.window_mae == [None]
+    assert all(
+        getattr(got, name) is None for name in ("mse", "rmse", "mae", "mae_per_variable", "per_step_mae", "ci_mae")
+    )
+
+
+def test_every_committed_record_is_written_as_it_was_read():
+    """The fields of a `Result`, and their order, are the format of ``metrics.json``."""
+    paths = sorted(CHECKPOINTS.glob("**/metrics.json"))
+    assert len(paths) > 5
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert json.dumps(to_json(from_json(json.loads(text))), indent=1) + "\n" == text, path
 
 
 # ---------------------------------------------------------------- intervals
@@ -280,7 +296,7 @@ def _result(window_mae, **changes):
     about |= dict(model="a", run=None, data_sha256="d")
     cases = [Case(series, 0, "", np.zeros((1, 1)), 0) for series in range(len(window_mae))]
     forecasts = [np.empty((0, 1)) if e is None else np.full((1, 1), e) for e in window_mae]
-    return Result(**(about | score(cases, forecasts) | changes))
+    return Result(**(about | vars(score(cases, forecasts)) | changes))
 
 
 def test_a_change_is_counted_on_common_valid_windows():

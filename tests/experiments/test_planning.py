@@ -25,7 +25,7 @@ from m2helpers.experiments.planning import (
 from m2helpers.files import UserError
 from m2helpers.flops.account import CAP, training_flops
 from m2helpers.flops.architecture import QWEN_05B
-from m2helpers.flops.costs import Cost, forward_cost, generation_cost
+from m2helpers.flops.costs import Adaptation, Cost, forward_cost, generation_cost
 from m2helpers.models import load_config
 from m2helpers.paths import CHECKPOINTS
 from m2helpers.settings import STAGES, TrainSettings
@@ -35,7 +35,7 @@ SETTINGS = TrainSettings(lora_r=4, max_length=512, max_steps=250, eval_steps=100
 
 
 def test_costs_add_up():
-    one = forward_cost(QWEN_05B, 2, 64, lora_r=4, loss=True)
+    one = forward_cost(QWEN_05B, 2, 64, Adaptation(4), loss=True)
     assert one + one == one * 2 and one + Cost() == one
     assert one.tokens == 128 and one.flops * 3 == training_flops(QWEN_05B, 2, 64, lora_r=4) < one.flops_course * 3
 
@@ -43,7 +43,7 @@ def test_costs_add_up():
 def test_a_run_costs_its_steps_and_validations():
     train, validate = run_cost(QWEN_05B, SETTINGS)
     assert train.flops == 250 * training_flops(QWEN_05B, 4, 512, lora_r=4)
-    assert validate == forward_cost(QWEN_05B, 4, 512, lora_r=4, loss=True) * 9  # 3 batches at steps 100, 200, 250
+    assert validate == forward_cost(QWEN_05B, 4, 512, Adaptation(4), loss=True) * 9  # 3 batches at steps 100, 200, 250
 
 
 def test_the_tables_of_the_shipped_data():
