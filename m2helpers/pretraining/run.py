@@ -33,7 +33,7 @@ from ..files import UserError, read_json, write_json, write_text
 from ..flops.account import forward_account
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
-from ..models import Base, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
+from ..models import Base, choose_device, embedded_config, embedded_tokenizer, has_bfloat16, load_base, mixed_precision
 from ..settings import PretrainSettings
 from ..text import right_pad, tokenise
 from .card import model_card
@@ -93,7 +93,7 @@ def pretrain(
     if not resume and (output_dir / "config.json").exists():
         raise UserError(f"{output_dir}: holds a model; choose another folder or delete it")
     torch.manual_seed(settings.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     record = {"settings": asdict(settings), "step": 0, "seconds": 0.0, "history": [], "before": []}
     if start is None:
         model = Qwen2ForCausalLM(embedded_config(**(architecture or {})))
