@@ -11,6 +11,7 @@ USER student
 ENV HOME=/home/student \
     PATH=/home/student/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=PASSIVE \
     HF_HUB_DISABLE_TELEMETRY=1
 RUN mkdir /home/student/m2helpers && python -m venv /home/student/venv
 WORKDIR /home/student/m2helpers

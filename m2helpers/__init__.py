@@ -1,5 +1,6 @@
 """m2helpers: fine-tune a small language model on numbers, on your own machine, and know what it cost."""
 
+import os
 from importlib.metadata import version
 
 import lazy_loader
@@ -8,3 +9,8 @@ import lazy_loader
 # no torch (the command line's help, the ledger) answers at once.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("m2helpers")
+
+# Threads that spin while they wait keep their cores from other programs, and beside those everything takes many times as
+# long (`bench threads`). The OpenMP library reads this as it is loaded, with torch, so it is set before anything is.
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

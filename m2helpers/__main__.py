@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     model(added)
 
     added = command("bench", commands.bench, "the benchmarks the site quotes, side by side with the alternative")
-    added.add_argument("name", choices=("train", "decode", "context", "train-embedded", "decode-embedded"))
+    added.add_argument("name", choices=("train", "decode", "context", "train-embedded", "decode-embedded", "threads"))
     added.add_argument(
         "--json", type=Path, metavar="FILE", help="record to put it into (default: docs/benchmarks.json)"
     )

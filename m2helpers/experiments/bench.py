@@ -34,6 +34,7 @@ from ..models import Base, add_head_bias, choose_device, embedded_tokenizer, has
 from ..settings import EMBEDDED, TrainSettings
 from ..text import Codec, fit_scale, tokenise
 from ..training import Training
+from .contention import compare_waiting
 
 ROUNDS = 3  # turns of each side
 STEPS, STEPS_EMBEDDED = 2, 20  # timed in a turn, after one to warm up
@@ -239,6 +240,12 @@ def context_length(_: Dataset, __: Ledger) -> dict:
     return {"rows": rows}
 
 
+def waiting_threads(dataset: Dataset, _: Ledger) -> dict:
+    """Forecasts of 20 series and the loss of one with the embedded base, by how threads wait for one another."""
+    works = compare_waiting(dataset.path, ROUNDS)
+    return {"rows": [{"work": work} | row for work, sides in works.items() for row in _rows(sides, next(iter(sides)))]}
+
+
 # ---------------------------------------------------------------- measuring and keeping
 
 BENCHMARKS: dict[str, Callable[[Dataset, Ledger], dict]] = {
@@ -247,6 +254,7 @@ BENCHMARKS: dict[str, Callable[[Dataset, Ledger], dict]] = {
     "context": context_length,
     "train-embedded": train_embedded,
     "decode-embedded": decode_embedded,
+    "threads": waiting_threads,
 }
 
 

@@ -40,15 +40,16 @@ def compare_waiting(data: Path, rounds: int) -> dict[str, dict[str, list[float]]
     seconds: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         workers = {side: stack.enter_context(_worker(data, changes)) for side, changes in SIDES.items()}
-        for turn in range(1 + rounds):
+        for worker in workers.values():
+            _ask(worker)  # loads, and warms up
+        for _ in range(rounds):
             for busy in (0, os.cpu_count() or 1):
                 beside = f"beside {busy} busy processes" if busy else "idle cores"
                 for side, worker in workers.items():
                     with _busy(busy):
                         measured = _ask(worker)
                     for work, value in measured.items():
-                        if turn:  # the first one warms up
-                            seconds.setdefault(f"{work}, {beside}", {}).setdefault(side, []).append(value)
+                        seconds.setdefault(f"{work}, {beside}", {}).setdefault(side, []).append(value)
     return seconds
 
 
