@@ -58,8 +58,8 @@ def _worker(data: Path, changes: dict[str, str]) -> Iterator[subprocess.Popen[st
     """A process that measures once whenever it is asked to (`_ask`)."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | changes
     command = [sys.executable, "-m", __name__, str(data)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as worker:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as worker:
         yield worker  # it ends when its input does
 
 
