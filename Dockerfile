@@ -11,6 +11,7 @@ USER student
 ENV HOME=/home/student \
     PATH=/home/student/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=PASSIVE \
     HF_HUB_DISABLE_TELEMETRY=1
 # Another user number (docker run --user) may read and run what is here; what it writes goes to folders it is given.
 RUN chmod 755 /home/student && mkdir /home/student/m2helpers && python -m venv /home/student/venv

@@ -3,9 +3,12 @@
 import os
 import tempfile
 
-from tools.notebooks import ENVIRONMENT
+from tools.notebooks import ENVIRONMENT  # imports m2helpers, which says how threads wait before anything imports torch
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="m2helpers-")
+os.environ.setdefault("M2_DEVICE", "cpu")  # where bases go: tests make tensors there, and committed outputs are a CPU's
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several side by side, each with a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):

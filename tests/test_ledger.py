@@ -115,6 +115,7 @@ def test_a_number_used_again_by_another_process_is_no_sign_of_life(ledger):
         assert ledger.entries()[0]["state"] == "reserved"
 
 
+@pytest.mark.slow
 def test_many_processes_some_killed(tmp_path):
     """The short version; 200 rounds of eight processes were run once (docs/experiment_log.md)."""
     lost = 0

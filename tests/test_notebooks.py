@@ -21,7 +21,9 @@ def _notebook(path, *sources):
 
 def test_copy_has_outputs_and_nothing_that_varies(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("M2_MODEL", "passed through")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "as here")
     source = "import os, pathlib\nfrom tqdm.auto import tqdm\nprint(*tqdm([1, 2]), os.environ['M2_MODEL'], pathlib.Path.cwd().name)"
+    source += "\nprint(os.environ['OMP_WAIT_POLICY'])"
     path = _notebook(tmp_path / "a folder" / "1_first.ipynb", source, "1 + 1")
     before = path.read_bytes()
     assert notebooks.main(["--output-dir", str(tmp_path / "out"), str(path)]) == 0
@@ -31,7 +33,9 @@ def test_copy_has_outputs_and_nothing_that_varies(tmp_path, capsys, monkeypatch)
     assert [cell["id"] for cell in made["cells"]] == ["cell-0", "cell-1"]
     assert [cell["metadata"] for cell in made["cells"]] == [{}, {}]
     first, second = (cell["outputs"] for cell in made["cells"])
-    assert first == [{"name": "stdout", "output_type": "stream", "text": ["1 2 passed through a folder\n"]}]
+    assert first == [
+        {"name": "stdout", "output_type": "stream", "text": ["1 2 passed through a folder\n", "as here\n"]}
+    ]
     assert second[0]["data"] == {"text/plain": ["2"]}
     assert "[1/1] 1_first.ipynb" in capsys.readouterr().out
 
@@ -50,6 +54,7 @@ def test_dead_kernel_is_named(tmp_path):
         notebooks.execute(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks.find_notebooks(), ids=lambda path: path.stem)
 def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, monkeypatch):
     """A folder with random weights: the notebooks that need finished runs show the embedded base's, and say so."""
@@ -67,6 +72,7 @@ def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, 
         assert "this page shows th" in printed and "embedded" in printed
 
 
+@pytest.mark.slow
 def test_a_changed_record_changes_the_notebook(tmp_path, monkeypatch):
     """On a copy of the project: what notebook 5 says of the initial run is read from the run's record."""
     for name in ("m2helpers", "data", "notebooks", "checkpoint", "docs/notebook_costs.json"):

@@ -96,6 +96,7 @@ def test_constrained_decoding_is_masked_decoding(tiny_base, precision):
     assert [r.text for r in found] == [_one_by_one(base, codec, context, 3, 2) for context in contexts]
 
 
+@pytest.mark.slow
 def test_ten_thousand_constrained_forecasts_all_parse(tiny_base):
     """Random weights, temperature 1, contexts cut anywhere, one to three variables, precision 0 to 3."""
     base, draw, invalid, total = tiny_base(), np.random.default_rng(0), 0, 0

@@ -13,6 +13,8 @@ from m2helpers.runs import load_run
 from m2helpers.settings import TrainSettings
 from m2helpers.training import train_lora
 
+# One worker holds the model, where several run side by side.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("true size")]
 ONE_STEP = TrainSettings(lora_r=8, batch_size=1, max_steps=1, max_length=64, eval_windows=1, learning_rate=1e-4)
 
 

@@ -16,7 +16,7 @@ from .options import DataFile
 class Bench:
     """The benchmarks the site quotes, side by side with the alternative."""
 
-    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded"]]
+    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded", "threads"]]
     """Which benchmark."""
     json: Annotated[Path, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = BENCHMARKS
     """Record to put it into."""

@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += F.cross_entropy(logits, labels[rows], reduction="sum")
             if learn:
                 slope = logits.softmax(-1)  # of the sum of losses, by each logit
-                slope[torch.arange(len(slope)), labels[rows]] -= 1
+                slope[torch.arange(len(slope), device=slope.device), labels[rows]] -= 1
                 grad_bias += slope.sum(0)
                 grad_states[rows] = (slope.to(weight.dtype) @ weight).to(states.dtype)
         ctx.save_for_backward(grad_states / len(labels), (grad_bias / len(labels)).to(bias.dtype))

@@ -39,6 +39,7 @@ from ..models import Base, add_head_bias, choose_device, embedded_tokenizer, has
 from ..settings import EMBEDDED, TrainSettings
 from ..text import Codec, fit_scale, tokenise
 from ..training import Training
+from .contention import compare_waiting
 from .timing import Row, Run, machine, profile, rows_of, take_turns, timed, wait
 
 ROUNDS = 3  # turns of each side
@@ -296,6 +297,13 @@ def _time_pass(scoring: _Scoring, base: Base, ids: torch.Tensor) -> list[float]:
     return [timed(lambda: scoring.run(base, ids))]
 
 
+def waiting_threads(dataset: Dataset, _: Ledger) -> Measured:
+    """Forecasts of 20 series and the loss of one with the embedded base, by how threads wait for one another."""
+    works = compare_waiting(dataset.path, ROUNDS)
+    rows = [(work, row) for work, sides in works.items() for row in rows_of(sides, next(iter(sides)))]
+    return {"rows": [{"work": work, **row} for work, row in rows]}
+
+
 # ---------------------------------------------------------------- measuring and keeping
 
 BENCHMARKS: dict[str, Callable[[Dataset, Ledger], Measured]] = {
@@ -304,6 +312,7 @@ BENCHMARKS: dict[str, Callable[[Dataset, Ledger], Measured]] = {
     "context": context_length,
     "train-embedded": train_embedded,
     "decode-embedded": decode_embedded,
+    "threads": waiting_threads,
 }
 
 

@@ -21,6 +21,7 @@ from ..models import choose_device
 class Row(TypedDict, total=False):
     """One side of a benchmark, as the record holds it."""
 
+    work: str
     context: int
     flops: int
     side: str

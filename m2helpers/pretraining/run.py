@@ -32,9 +32,9 @@ from ..engine.resume import delete_state, has_state, load_state, save_state
 from ..files import UserError, apply_umask, read_json, write_json, write_text
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
-from ..models import Base, embedded_config, embedded_tokenizer, load_base, mixed_precision
+from ..models import Base, choose_device, embedded_config, embedded_tokenizer, load_base, mixed_precision
 from ..runs import one_writer
-from ..settings import PretrainSettings
+from ..settings import PretrainSettings as PretrainSettings
 from ..text import right_pad, tokenise
 from .card import model_card
 from .families import FAMILIES
@@ -91,7 +91,7 @@ def pretrain(
     output_dir = Path(output_dir)
     _check_folder(output_dir, resume)
     torch.manual_seed(settings.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     model: PreTrainedModel
     before: list[Sitting] = []
     if start is None:

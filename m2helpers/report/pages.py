@@ -59,7 +59,7 @@ def costs_table() -> str:
 def benchmarks_table() -> str:
     """Every recorded benchmark in Markdown: what was compared, where and when, and a table of its sides."""
     names = {
-        "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
+        "work": "work", "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
         "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
         "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's",
         "mae": "P5 error", "mae_change": "change (%)",

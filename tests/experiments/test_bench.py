@@ -23,12 +23,17 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "STEPS", 1)
     monkeypatch.setattr(bench, "STEPS_EMBEDDED", 1)
     monkeypatch.setattr(bench, "CONTEXTS", (8, 16))
+    waited = {"as it comes": [4.0, 3.0, 5.0], "passive": [2.0]}
+    monkeypatch.setattr(bench, "compare_waiting", lambda data, rounds: {"forecasts": waited, "validation": waited})
     errors = {torch.float32: 0.2, torch.bfloat16: 0.201}  # a tiny model's own forecasts do not parse
     monkeypatch.setattr(bench, "evaluate", lambda base, *_, **__: [SimpleNamespace(mae=errors[base.model.dtype])])
     return tmp_path
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+SLOW = ("train", "train-embedded")  # a Trainer is slow to start
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
 def test_both_sides_are_timed_and_compared(name, quick, long_data):
     record = quick / "benchmarks.json"
     record.write_text(json.dumps({"kept": {}}))
@@ -39,7 +44,7 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
     for place, row in enumerate(entry["rows"]):
         assert row["seconds"] > 0 and row["times"] and len(row["side"]) > 5
-        alternative = next(r for r in entry["rows"] if r.get("context") == row.get("context"))
+        alternative = next(r for r in entry["rows"] if all(r.get(k) == row.get(k) for k in ("context", "work")))
         assert row["ratio"] == pytest.approx(alternative["seconds"] / row["seconds"])
         if name.startswith("decode"):
             assert 0 < row["seconds_after_prefill"] < row["seconds"]
@@ -51,7 +56,7 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         if name.startswith("train"):
             assert row["peak_gb"] > 0 and len(row["times"]) == 1
             assert (row["side"] == "peft + Trainer") == (place == 0)
-    assert len(entry["rows"]) == {"decode": 2, "context": 4}.get(name, 3)
+    assert len(entry["rows"]) == {"decode": 2, "context": 4, "threads": 4}.get(name, 3)
     assert not Ledger(quick / "ledger.sqlite").entries()
 
 

@@ -52,6 +52,7 @@ def run(tiny_folder, small_data, tmp_path):
     return carry_out
 
 
+@pytest.mark.slow
 def test_a_whole_plan(run, tmp_path, small_data):
     plan, said = run()
     folder = tmp_path / "out"
