@@ -300,7 +300,7 @@ def _time_pass(scoring: _Scoring, base: Base, ids: torch.Tensor) -> list[float]:
 def waiting_threads(dataset: Dataset, _: Ledger) -> Measured:
     """Forecasts of 20 series and the loss of one with the embedded base, by how threads wait for one another."""
     works = compare_waiting(dataset.path, ROUNDS)
-    rows = [(work, row) for work, sides in works.items() for row in rows_of(sides, next(iter(sides)))]
+    rows = [(work, row) for work, sides in works.items() for row in rows_of(sides)]
     return {"rows": [{"work": work, **row} for work, row in rows]}
 
 
