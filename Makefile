@@ -8,7 +8,7 @@
 SHELL := /bin/sh
 PY := .venv/bin/python
 READY := .venv/.installed
-STYLED := m2helpers tests tools notebooks conftest.py docs/conf.py
+STYLED := m2helpers tests tools notebooks conftest.py setup.py docs/conf.py
 # Side by side, a worker a core; no test wants more than one thread. A group of tests that share much memory stays together.
 TWO_WORKERS := -n 2 --dist loadgroup
 SPHINXOPTS ?=

@@ -7,21 +7,16 @@ MiniCPM, 2024).
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
@@ -35,16 +30,13 @@ from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base, choose_device, embedded_config, embedded_tokenizer, load_base, mixed_precision
 from ..runs import one_writer
 from ..settings import PretrainSettings as PretrainSettings
-from ..text import right_pad, tokenise
+from .batches import held_out, step_texts
 from .card import model_card
 from .families import FAMILIES
 from .muon import Muon
 from .record import PretrainState, Record, Sitting, as_sitting, check_same, finished_record
-from .synthetic import draw_texts
 
-BLOCK = 2048  # texts drawn together: the integrators work on many systems at once
 CPU_TEXTS = 8  # of a step that a CPU works on at once: with 64, it took four times as long
-VALIDATION_SEED = 999_983  # a stream of its own, apart from every training seed
 
 
 @one_writer
@@ -140,7 +132,7 @@ class _Pretraining:
         self.model, self.optimizer, self.settings, self.state, self.folder = model, optimizer, settings, state, folder
         self.max_steps, self.save_steps = settings.max_steps, settings.save_steps
         self.parameters = dict(model.named_parameters())
-        self.texts = _texts(settings, state.step, model.device.type)
+        self.texts = step_texts(settings, state.step, model.device.type)
         self.unread: list[torch.Tensor] = []
         self.shown = ""
         self.began = time.monotonic() - state.seconds
@@ -260,52 +252,6 @@ def _optimizer(settings: PretrainSettings, parameters: dict[str, torch.nn.Parame
     return Muon(groups, lr=settings.learning_rate)
 
 
-class _Blocks(Dataset):
-    """Blocks of texts by number, each as token ids (texts, at most max_length): functions of the seed and the number."""
-
-    def __init__(self, settings: PretrainSettings) -> None:
-        self.settings = settings
-        self.steps = max(1, BLOCK // settings.batch_size)  # that one block is enough for
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        settings = self.settings
-        return _ids([settings.seed, index], self.steps * settings.batch_size, settings.max_length)
-
-
-def _texts(settings: PretrainSettings, first: int, device: str) -> Iterator[torch.Tensor]:
-    """Token ids of the texts of every step from `first` on, each (batch, length).
-
-    Beside a GPU, all cores but one draw texts ahead of it; a CPU that trains too is better left at that.
-    """
-    blocks = _Blocks(settings)
-    loader = DataLoader(
-        blocks,
-        batch_size=None,  # a block is one already
-        sampler=range(first // blocks.steps, -(-settings.max_steps // blocks.steps)),
-        num_workers=(os.cpu_count() or 1) - 1 if device == "cuda" else 0,
-        worker_init_fn=_settle,
-    )
-    skipped = first % blocks.steps * settings.batch_size
-    for block in loader:
-        yield from block[skipped:].split(settings.batch_size)
-        skipped = 0
-
-
-def _settle(worker: int) -> None:
-    """A worker has one core, and leaves signals to the run, which saves first and ends its workers then."""
-    threadpool_limits(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _ids(seed: list[int], n: int, length: int, family: str | None = None, precision: int | None = None) -> np.ndarray:
-    """Texts as token ids, short ones padded: int16 (n, length), for they wait in memory."""
-    tokenizer = embedded_tokenizer()
-    texts = draw_texts(seed, n, length, family=family, precision=precision)
-    ids, _ = right_pad(tokenise(texts, tokenizer), tokenizer.pad_token_id)
-    return ids.astype(np.int16)
-
-
 def _backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The loss of a step's texts (batch, length), its gradients added up.
 
@@ -341,12 +287,6 @@ def _validate(model: PreTrainedModel, settings: PretrainSettings) -> dict[str, f
     was_training = model.training
     model.eval()
     shape = (settings.eval_texts, settings.max_length)
-    losses = {name: _loss(model, _held_out(number, *shape)).item() for number, name in enumerate(FAMILIES)}
+    losses = {name: _loss(model, held_out(number, *shape)).item() for number, name in enumerate(FAMILIES)}
     model.train(was_training)
     return losses
-
-
-@lru_cache(maxsize=2 * len(FAMILIES))
-def _held_out(number: int, n: int, length: int) -> torch.Tensor:
-    """Held-out texts of a family by its number: ids (n, length)."""
-    return torch.from_numpy(_ids([VALIDATION_SEED, number], n, length, family=list(FAMILIES)[number], precision=2))

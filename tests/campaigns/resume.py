@@ -29,8 +29,8 @@ from m2helpers.data import load_dataset
 from m2helpers.engine import resume
 from m2helpers.engine.resume import has_state
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
+from m2helpers.pretraining import batches, synthetic
 from m2helpers.pretraining import run as pretraining
-from m2helpers.pretraining import synthetic
 from m2helpers.settings import PretrainSettings, TrainSettings
 from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 from m2helpers.training import train_lora
@@ -71,8 +71,8 @@ def train(inputs: Path, folder: Path) -> None:
 def pretrain(inputs: Path, folder: Path) -> None:
     """Pre-train, or resume, on two families, drawn in blocks so small that a run reads two of them."""
     few = {name: pretraining.FAMILIES[name] for name in ("glycolysis", "schnakenberg")}
-    pretraining.FAMILIES = synthetic.FAMILIES = few
-    pretraining.BLOCK = 8
+    pretraining.FAMILIES = batches.FAMILIES = synthetic.FAMILIES = few
+    batches.BLOCK = 8
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # its bar
         pretraining.pretrain(PRETRAIN, folder, resume=has_state(folder), architecture=TINY)
 

@@ -19,6 +19,7 @@ from m2helpers.engine.resume import has_state
 from m2helpers.files import UserError, read_json, sha256_file
 from m2helpers.flops.account import forward_account
 from m2helpers.models import embedded_config, embedded_tokenizer, load_base
+from m2helpers.pretraining import batches, synthetic
 from m2helpers.pretraining import run as pretraining
 from m2helpers.pretraining.card import model_card
 from m2helpers.pretraining.families import FAMILIES
@@ -47,12 +48,13 @@ FILES += ["pretraining.json", "tokenizer.json", "tokenizer_config.json"]
 def few_texts_at_once():
     """Blocks of eight texts, four steps, so that a run of seven crosses from one to the next; two families in the mixture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "BLOCK", 8)
-        patch.setattr(pretraining, "FAMILIES", {name: FAMILIES[name] for name in ("glycolysis", "schnakenberg")})
-        patch.setattr("m2helpers.pretraining.synthetic.FAMILIES", pretraining.FAMILIES)
-        pretraining._held_out.cache_clear()
+        patch.setattr(batches, "BLOCK", 8)
+        few = {name: FAMILIES[name] for name in ("glycolysis", "schnakenberg")}
+        for module in (pretraining, batches, synthetic):
+            patch.setattr(module, "FAMILIES", few)
+        batches.held_out.cache_clear()
         yield
-        pretraining._held_out.cache_clear()
+        batches.held_out.cache_clear()
 
 
 def _run(folder, settings=QUICK, **options):
@@ -195,7 +197,7 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole(monkeypatch):
 
 def test_no_text_is_seen_twice():
     """Eight steps are two blocks of texts: the second is another one."""
-    texts = list(pretraining._texts(replace(QUICK, tokens=8 * 2 * 32), 0, "cpu"))
+    texts = list(batches.step_texts(replace(QUICK, tokens=8 * 2 * 32), 0, "cpu"))
     assert [batch.shape for batch in texts] == [(2, 32)] * 8
     assert len({row.numpy().tobytes() for batch in texts for row in batch}) == 16
 
@@ -203,23 +205,23 @@ def test_no_text_is_seen_twice():
 def test_every_batch_size_and_every_start_gives_the_same_texts():
     """Steps of four texts read what steps of two read, and a run that goes on in the middle of a block misses none."""
     settings = replace(QUICK, tokens=8 * 2 * 32)
-    whole = torch.cat(list(pretraining._texts(settings, 0, "cpu")))
-    assert torch.equal(torch.cat(list(pretraining._texts(replace(settings, batch_size=4), 0, "cpu"))), whole)
+    whole = torch.cat(list(batches.step_texts(settings, 0, "cpu")))
+    assert torch.equal(torch.cat(list(batches.step_texts(replace(settings, batch_size=4), 0, "cpu"))), whole)
     for first in range(1, 8):
-        assert torch.equal(torch.cat(list(pretraining._texts(settings, first, "cpu"))), whole[2 * first :])
+        assert torch.equal(torch.cat(list(batches.step_texts(settings, first, "cpu"))), whole[2 * first :])
 
 
 def test_texts_drawn_by_workers_are_the_same(monkeypatch):
     """Beside a GPU other processes draw them: in order, none twice, and no matter that the whole group is told to end."""
     settings = replace(QUICK, tokens=20 * 2 * 32)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
-    texts = pretraining._texts(settings, 0, "cuda")
+    texts = batches.step_texts(settings, 0, "cuda")
     drawn = [next(texts)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker, number in zip(workers, (signal.SIGTERM, signal.SIGINT), strict=True):
         os.kill(worker.pid, number)
-    assert torch.equal(torch.cat(drawn + list(texts)), torch.cat(list(pretraining._texts(settings, 0, "cpu"))))
+    assert torch.equal(torch.cat(drawn + list(texts)), torch.cat(list(batches.step_texts(settings, 0, "cpu"))))
     assert not multiprocessing.active_children()
 
 
