@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 SHIPPED = (
     # The base, and the runs of the three stages, which the examples forecast with: the weights that commands load.
-    "checkpoint/embedded/base/*",
+    "checkpoint/embedded/base/model.safetensors",
     *(f"checkpoint/embedded/{stage}/adapter_model.safetensors" for stage in ("initial", "final", "extended")),
     # Of every run the records, which the tables are made from (1 MB); the other weights (9 MB) are for the site alone.
     "checkpoint/embedded/ledger.csv",
