@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     Config = Mapping[str, Any] | PreTrainedConfig
     """An architecture: a transformers config, or a mapping of a Qwen2 config's fields (numbers, names, flags: `Any`)."""
 
-QWEN_05B: dict[
-    str, Any
-] = {  # Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
+# Qwen/Qwen2.5-0.5B-Instruct, from its config.json: heads 896 / 14 = 64 wide; q, k, v have a bias, o none
+QWEN_05B: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,

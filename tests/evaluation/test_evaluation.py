@@ -115,7 +115,10 @@ def test_every_split_is_measured_on_its_own_series(tiny_base, small_data, tmp_pa
     monkeypatch.setattr(
         measure, "generate", lambda b, c, texts, *_, **__: [seen.append(t) or Generated("", 1) for t in texts]
     )
-    last_value = lambda cases, *_, **__: {"last": [np.repeat(known[-1:], n, axis=0) for known, n in cases]}  # noqa: E731
+
+    def last_value(cases, *_, **__):
+        return {"last": [np.repeat(known[-1:], n, axis=0) for known, n in cases]}
+
     monkeypatch.setattr(measure, "run_baselines", last_value)
     monkeypatch.setattr(measure, "BASELINES", {"last": None})
     codec, errors = Codec(fit_scale(small_data.part("train"))), []
@@ -313,7 +316,10 @@ def test_the_interval_of_a_change_is_that_of_a_ratio():
     rng = np.random.default_rng(3)
     theirs = rng.lognormal(0, 1, 60).round(4)
     ours = (theirs * rng.uniform(0.3, 0.9, 60)).round(4)
-    ratio = lambda a, b, axis: a.mean(axis) / b.mean(axis)  # noqa: E731
+
+    def ratio(a, b, axis):
+        return a.mean(axis) / b.mean(axis)
+
     known = scipy.stats.bootstrap((ours, theirs), ratio, paired=True, method="percentile", n_resamples=20_000, rng=1)
     expected = [100 * (x - 1) for x in known.confidence_interval]
     _, *interval = paired_change(_result(list(ours)), _result(list(theirs)))
