@@ -304,7 +304,7 @@ def test_settings_that_mean_nothing_are_refused(name, value):
 
 
 def test_clipping_to_nothing_is_refused():
-    with pytest.raises(UserError, match="max_grad_norm 0.0: give a number above 0"):
+    with pytest.raises(UserError, match=r"max_grad_norm 0\.0: give a number above 0"):
         PretrainSettings(max_grad_norm=0)
 
 
