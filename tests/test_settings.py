@@ -12,12 +12,13 @@ import pytest
 
 from m2helpers import settings as module
 from m2helpers.files import UserError, read_json
-from m2helpers.paths import CHECKPOINTS
+from m2helpers.paths import checkpoint_folder
 from m2helpers.runs import settings_of, settings_sha256
 from m2helpers.settings import LoraSettings, PretrainSettings, TrainSettings, canonical, changes
 
 SWITCHES = ("random_start", "numeric_head", "gradient_checkpointing")
-RUNS = sorted(p.parent for p in (CHECKPOINTS / "embedded").rglob("config.json") if p.parent.name != "base")
+SHIPPED = checkpoint_folder("embedded")
+RUNS = sorted(p.parent for p in SHIPPED.rglob("config.json") if p.parent.name != "base")
 
 
 @pytest.mark.parametrize("kind", [TrainSettings, PretrainSettings, LoraSettings])
@@ -81,7 +82,7 @@ def test_switches_are_hashed_and_recorded_as_0_and_1():
     assert TrainSettings(numeric_head=1) == TrainSettings(numeric_head=True)
 
 
-@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: str(folder.relative_to(CHECKPOINTS)))
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: str(folder.relative_to(SHIPPED)))
 def test_a_shipped_run_has_the_hash_that_it_recorded(folder):
     config = read_json(folder / "config.json")
     dataset = type("Data", (), {"sha256": config["data_sha256"]})

@@ -43,3 +43,12 @@ def test_a_tracker_that_is_not_there(tiny_base, small_data, tmp_path, monkeypatc
         pass
     with pytest.raises(UserError, match="track needs the output_dir"):
         train_lora(tiny_base(), small_data, QUICK, progress=False, track="tensorboard")
+
+
+def test_switches_are_told_as_numbers_and_names_as_text(tmp_path):
+    settings = {"numeric_head": True, "random_start": False, "rescale": 0.5, "target_modules": ("q_proj", "v_proj")}
+    with tracked("tensorboard", tmp_path / "run", settings):
+        pass
+    (told,) = (tmp_path / "run" / "logs").rglob("hparams.yml")
+    lines = ["numeric_head: 1", "random_start: 0", "rescale: 0.5", "target_modules: ('q_proj', 'v_proj')"]
+    assert told.read_text().splitlines() == lines
