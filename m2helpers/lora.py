@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_sha256: str | None =
             f"{folder}: this adapter was trained on base {made_for[:12]}…, not on the one loaded ({base_sha256[:12]}…); "
             f"load {_read_config(folder)['base_model_name_or_path']!r} as it was then"
         )
+    settings = replace(settings, target_modules=_short_names(model, settings.target_modules, folder))
     try:
         apply_lora(model, settings)
     except UserError as error:
@@ -267,6 +269,19 @@ def adapter_settings(folder: Path) -> LoraSettings:
         return LoraSettings(int(rank), float(alpha), float(dropout), tuple(sorted(targets)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a LoRA adapter's settings ({error}); train or copy the run again") from None
+
+
+def _short_names(model: nn.Module, targets: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Targets by the last part of their names: `peft` takes more of it too, as in ``self_attn.q_proj``, up to all of it."""
+    names = [name for name, _ in model.named_modules()]
+    meant = {name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)}
+    short = {name.rpartition(".")[2] for name in meant}
+    if meant != {name for name in names if name.rpartition(".")[2] in short}:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: target_modules is not supported here where it leaves out layers of a name; "
+            "load this adapter with peft"
+        )
+    return tuple(sorted(short)) or tuple(targets)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:  # what JSON holds

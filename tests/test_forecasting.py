@@ -251,3 +251,27 @@ def test_impossible_requests_are_refused(base):
         forecast(base, CODEC, [np.ones(5)], 1)
     with pytest.raises(UserError, match=r"limit 1,000"):
         forecast(base, CODEC, [np.full((2, 1), 2e3)], 1)
+
+
+# ---------------------------------------------------------------- outputs that are no number
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.9}, {"constrained": True}, {"constrained": True, "temperature": 0.9}]
+)
+def test_an_output_that_is_no_number_is_an_error(base, damage, how):
+    with torch.no_grad():
+        base.model.model.layers[1].mlp.down_proj.weight[3] = damage
+    with pytest.raises(UserError, match="output is not a number: its weights are damaged or overflow; fetch or copy"):
+        _texts(base, **how)
+
+
+def test_one_row_that_is_no_number_is_an_error(base):
+    """A token's own embedding is damaged: only the contexts that hold it are."""
+    with torch.no_grad():
+        base.model.model.embed_tokens.weight[24] = torch.nan  # a 9
+        base.model.lm_head.weight = torch.nn.Parameter(base.model.lm_head.weight.nan_to_num())  # not its logit
+    assert _texts(base, ["1.16,1.27;"], temperature=0.9)
+    with pytest.raises(UserError, match="not a number"):
+        _texts(base, ["1.16,1.27;", "9.99,9.98;"], temperature=0.9)

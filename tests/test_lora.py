@@ -1,11 +1,11 @@
 """LoRA: silent at the start, the base untouched, merging, and adapters that `peft` reads."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -14,6 +14,7 @@ from m2helpers.files import UserError
 from m2helpers.flops.architecture import QWEN_05B
 from m2helpers.lora import (
     CheapDropout,
+    adapter_settings,
     apply_lora,
     load_adapter,
     lora_layers,
@@ -294,6 +295,116 @@ def test_a_pattern_of_target_modules_is_refused(adapted, folder, tiny_base):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ".*q_proj"}))
     assert "target_modules '.*q_proj'" in _refusal(tiny_base(), folder)
+
+
+PLAIN = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+LARGER = dict(r=64, lora_alpha=128)
+
+
+def _by_peft(base, folder, **options):
+    """An adapter that `peft` made with these options, its matrices moved as training would, and the logits it gives."""
+    torch.manual_seed(0)
+    model = get_peft_model(base(head_bias=False).model, LoraConfig(**(PLAIN | options)))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(folder)
+    return _logits(PeftModel.from_pretrained(base(head_bias=False).model, folder))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LARGER,
+        dict(target_modules="all-linear"),
+        dict(target_modules=["self_attn.q_proj", "model.layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]),
+        dict(task_type=None),
+        dict(fan_in_fan_out=True),  # which peft itself corrects for linear layers
+        *(dict(init_lora_weights=start) for start in ("gaussian", "orthogonal", "eva", "mica", False)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")  # peft's own, of some options
+def test_an_adapter_of_plain_lora_loads_with_no_difference(tiny_base, tmp_path, options):
+    theirs = _by_peft(tiny_base, tmp_path, **options)
+    ours = tiny_base()
+    load_adapter(ours.model, tmp_path, ours.sha256)
+    assert torch.equal(_logits(ours.model), theirs)
+    assert (theirs - _logits(tiny_base().model)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(use_rslora=True), "use_rslora"),
+        (dict(use_dora=True), "use_dora"),
+        (dict(bias="lora_only"), "bias 'lora_only'"),
+        (dict(bias="all"), "bias 'all'"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(trainable_token_indices=[15, 16]), "trainable_token_indices"),
+        (dict(layers_to_transform=[0]), "layers_to_transform"),
+        (dict(layers_to_transform=0), "layers_to_transform"),
+        (dict(exclude_modules=["layers.0.self_attn.q_proj"]), "exclude_modules"),
+        (dict(rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
+        (dict(init_lora_weights="olora"), "init_lora_weights 'olora'"),
+        (dict(ensure_weight_tying=True), "ensure_weight_tying"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_another_option_is_refused_by_its_name(tiny_base, tmp_path, options, said):
+    _by_peft(tiny_base, tmp_path, **options)
+    base = tiny_base()
+    message = _refusal(base, tmp_path)
+    assert message == f"{tmp_path / 'adapter_config.json'}: {said} is not supported here; load this adapter with peft"
+    assert not list(lora_layers(base.model))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_other_layers_is_refused(tiny_base, tmp_path, target):
+    _by_peft(tiny_base, tmp_path, target_modules=[target])
+    message = _refusal(tiny_base(), tmp_path)
+    assert f"target_modules {target!r}: the model has no such linear layer" in message
+    assert message.endswith("; load this adapter with peft, on the base it was trained on")
+
+
+def test_an_adapter_of_some_layers_is_refused(tiny_base, tmp_path):
+    _by_peft(tiny_base, tmp_path, target_modules=["layers.0.self_attn.q_proj"])
+    message = _refusal(tiny_base(), tmp_path)
+    assert "target_modules is not supported here where it leaves out layers" in message and "with peft" in message
+
+
+@pytest.mark.parametrize("config", [IA3Config(feedforward_modules=[]), LoHaConfig(), AdaLoraConfig(total_step=9)])
+def test_an_adapter_that_is_not_lora_is_refused_by_its_name(tiny_base, tmp_path, config):
+    config.target_modules, kind = ["q_proj"], config.peft_type.value
+    get_peft_model(tiny_base(head_bias=False).model, config).save_pretrained(tmp_path)
+    assert f"peft_type {kind!r} is not supported here; load this adapter with peft" in _refusal(tiny_base(), tmp_path)
+
+
+def test_every_option_of_peft_is_known_or_refused(folder):
+    """Also those that only a later version has: none is passed over."""
+    path = folder / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    without_effect = {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core"} | {
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "task_type",
+    }
+    read = {"r", "lora_alpha", "lora_dropout", "target_modules", "runtime_config"}
+    others = {f.name for f in fields(LoraConfig)} - without_effect - read | {"use_next_years_lora"}
+    assert len(others) > 25
+    for option in sorted(others):
+        path.write_text(json.dumps(plain | {option: {"some": "value"}}))
+        with pytest.raises(UserError, match=f": {option} is not supported here; load this adapter with peft"):
+            adapter_settings(folder)
+    path.write_text(json.dumps(plain | dict.fromkeys(without_effect, "value") | dict.fromkeys(others - plain.keys())))
+    assert adapter_settings(folder) == SETTINGS
 
 
 def _refusal(base, folder, sha256=None):

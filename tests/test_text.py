@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Split
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from m2helpers.files import UserError
 from m2helpers.models import embedded_tokenizer
@@ -223,6 +223,31 @@ def test_a_minus_is_a_token_of_its_own_where_the_vocabulary_merges_it_with_separ
     text = "-1.25,-0.50;-2.00,3.00;"
     assert len(merging(text)["input_ids"]) == len(text) - 2
     assert tokenise([text], merging)[0].tolist() == tokenise([text], plain)[0].tolist() == plain(text)["input_ids"]
+
+
+def _qwen(merges):
+    """Qwen2's own tokenizer class, which splits digits before it merges, with the bytes and some merges of Qwen2.5's."""
+    vocab = embedded_tokenizer().get_vocab()
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    return Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("precision", [0, 2])
+def test_merges_of_qwen_leave_numeric_text_one_token_a_character(precision):
+    tokenizer = _qwen([(",", "-"), (";", "-"), (".", ","), ("0", "0"), ("1", "2"), (";", ";")])
+    assert len(tokenizer(",-;-")["input_ids"]) == 2  # the merges are in use
+    text = Codec(1.0, precision).encode([[-100.0, -12.12], [12.12, -0.5], [0.0, 0.0]])
+    assert tokenizer(text)["input_ids"] != embedded_tokenizer()(text)["input_ids"]
+    (ids,) = tokenise([text], tokenizer)
+    assert ids.tolist() == embedded_tokenizer()(text)["input_ids"] and len(ids) == len(text)
+    assert tokenizer.decode(ids) == text  # so what is learned is read back
+
+
+@pytest.mark.parametrize("merge", [("0", "0"), ("1", "."), (".", "5"), ("0", ";"), ("0", ",")])
+def test_a_merge_with_a_digit_is_refused_in_words(merge):
+    with pytest.raises(UserError, match="merges characters; use a base whose tokenizer splits digits, such as Qwen2"):
+        tokenise(["100.50,1.50;"], _byte_level([merge]))
 
 
 def test_a_tokenizer_that_adds_and_merges_is_refused():
