@@ -126,15 +126,37 @@ def _parser() -> argparse.ArgumentParser:
     data(added)
     model(added, with_run=True)
 
-    added = command("forecast", commands.forecast, "forecast your own series, from CSV or HDF5")
-    added.add_argument("file", type=Path, metavar="FILE")
-    added.add_argument("--steps", type=int, required=True)
+    def own_table(added) -> None:
+        added.add_argument("file", type=Path, metavar="FILE", help="CSV, Parquet or HDF5")
+        added.add_argument("--steps", type=int, required=True)
+        added.add_argument("--time", metavar="NAME", help="the column of times; none: rows are even steps")
+        names = dict(type=lambda text: text.split(","), metavar="NAME,NAME")
+        added.add_argument("--columns", **names, help="the variables (default: all other columns)")
+        added.add_argument("--id", metavar="NAME", help="the column that names the series")
+        added.add_argument("--header", action=argparse.BooleanOptionalAction, help="the first line holds names")
+        added.add_argument("--last", type=int, metavar="N", help="use only the last N rows of each series")
+        added.add_argument("--decimal", choices=(".", ","))
+        added.add_argument("--together", action="store_true", help="more than three variables: write them as one text")
+        added.add_argument("--plot", type=Path, metavar="FILE", help="a picture: .png, .svg or .pdf")
+        added.add_argument("--seed", type=int, default=0)
+        model(added, with_run=True)
+
+    added = command("forecast", commands.forecast, "forecast your own series, from CSV, Parquet or HDF5")
+    own_table(added)
     added.add_argument("--samples", type=int, default=0, help="sampled forecasts a series (default: the likeliest)")
-    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV to write")
-    added.add_argument("--scale", choices=("own", "run"), default="own", help="by each series itself, or the run's")
+    levels = lambda text: [float(level) for level in text.split(",")]  # noqa: E731
+    added.add_argument("--levels", type=levels, metavar="0.1,0.5,0.9", help="their quantiles in place of the samples")
+    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write: .csv or .parquet")
+    added.add_argument("--scale", choices=("own", "run"), default="own", help="by each column itself, or the run's")
     added.add_argument("--constrained", action="store_true", help="write only what the grammar allows: all parse")
-    added.add_argument("--seed", type=int, default=0)
-    model(added, with_run=True)
+
+    added = command(
+        "backtest", commands.backtest, "hold back the last rows of your own series and measure the forecast"
+    )
+    own_table(added)
+    added.add_argument("--windows", type=int, default=1, metavar="K", help="windows of --steps rows held back")
+    added.add_argument("--samples", type=int, default=20, help="sampled forecasts a window (0: the likeliest)")
+    added.add_argument("--out", type=Path, metavar="FILE", help="the errors as a table: .csv or .parquet")
 
     added = command("export", commands.export, "write a run as a plain model that transformers loads by itself")
     added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run's folder")

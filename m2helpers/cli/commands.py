@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..data import load_dataset
 from ..files import UserError, atomic_path, write_json, write_text
 from ..paths import checkpoint_folder
-from ..series import read_series
+from ..series import read_table
 from ..simulator import SimulatorSettings, write_dataset
 from ..simulator import simulate as simulate_systems
 from ..text import Codec, fit_scale
@@ -130,37 +130,75 @@ def evaluate(options) -> None:
 
 
 def forecast(options) -> None:
-    from ..forecasting import forecast, sample_forecasts
+    from ..series.writing import PICTURES, refuse_output, write_frame
 
-    base, run, constrained = _load(options)
-    series = read_series(options.file)
-    if options.scale == "run" and run is None:
+    refuse_output(options.out, options.file)
+    if options.plot:
+        refuse_output(options.plot, options.file, PICTURES, "--plot")
+    if options.levels and not options.samples:
+        raise UserError("--levels needs samples to take quantiles of; add --samples 20")
+    if options.scale == "run" and options.run is None:
         raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
-    codecs = []
-    for index, values in enumerate(series):  # all of them before the first forecast
-        try:
-            own = Codec(fit_scale(values), run.codec.precision if run else 2) if options.scale == "own" else run.codec
-        except UserError as error:
-            raise UserError(f"{options.file}, series {index}: {error}") from None
-        codecs.append(own)
-    rows, invalid, how = [], 0, dict(constrained=constrained)
-    for index, (values, codec) in enumerate(zip(series, codecs, strict=True)):
-        if options.samples:
-            drawn = sample_forecasts(base, codec, values, options.steps, options.samples, seed=options.seed, **how)
-            invalid += options.samples - len(drawn)
-        else:
-            drawn = forecast(base, codec, [values], options.steps, **how)[0].values[np.newaxis]
-            invalid += len(drawn[0]) < options.steps
-        for sample, path in enumerate(drawn):
-            for step, point in enumerate(path):
-                rows.append([index, sample, step + 1, *(float(f"{x:.9g}") for x in point)])
-    names = [f"variable_{i}" for i in range(series.shape[2])]
-    with atomic_path(options.out) as temporary:
-        pd.DataFrame(rows, columns=["series", "sample", "step", *names]).to_csv(temporary, index=False)
-    print(
-        f"{options.out}: {len(series)} series, {options.steps} steps ahead"
-        + (f"; {invalid} did not parse whole: with --constrained all do" if invalid else "")
-    )
+    table = _own_table(options)
+    base, run, constrained = _load(options)
+
+    from ..frames import wide_frame
+    from ..outlooks import forecast_table
+
+    how = dict(constrained=constrained, samples=options.samples, seed=options.seed, together=options.together or None)
+    made = forecast_table(base, table, options.steps, codec=run and run.codec, own_scale=options.scale == "own", **how)
+    _tell(made.notices)
+    write_frame(wide_frame(made, options.levels), options.out)
+    if options.plot:
+        _draw(made, options.plot)
+    invalid = f"; {made.n_invalid} did not parse whole: with --constrained all do" if made.n_invalid else ""
+    print(f"{options.out}: {len(table.histories)} series, {options.steps} steps ahead{invalid}")
+
+
+def backtest(options) -> None:
+    from ..series.writing import PICTURES, TABLES, refuse_output, write_frame
+
+    for path, kinds, option in ((options.out, TABLES, "--out"), (options.plot, PICTURES, "--plot")):
+        if path:
+            refuse_output(path, options.file, kinds, option)
+    table = _own_table(options)
+    base, run, _ = _load(options)
+
+    from ..frames import forecast_held_back, scores
+
+    how = dict(constrained=True, samples=options.samples, seed=options.seed, together=options.together or None)
+    made = forecast_held_back(base, table, options.steps, options.windows, codec=run and run.codec, **how)
+    _tell(made.notices)
+    frame = scores(made)
+    if options.out:
+        write_frame(frame, options.out)
+    if options.plot:
+        _draw(made, options.plot)
+    print(frame.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+
+
+def _own_table(options):
+    """The user's own series, as the options say; what was read is told."""
+    names = {"time": options.time, "id": options.id, "header": options.header, "columns": options.columns}
+    table = read_table(options.file, last=options.last, decimal=options.decimal, **names)
+    _tell([table.notice])
+    return table
+
+
+def _tell(notices) -> None:
+    for notice in notices:
+        warnings.warn(notice, stacklevel=3)
+
+
+def _draw(made, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from ..report.plots import plot_own_forecast, use_style
+
+    use_style()
+    with atomic_path(path) as temporary:
+        plot_own_forecast(made).savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
 def export(options) -> None:

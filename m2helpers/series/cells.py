@@ -26,7 +26,12 @@ from ..files import UserError
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}([-/.]\d{1,4})?([ T].*)?")
 _WITH_COMMA = re.compile(r"[+-]?[\d.]*,[\d.,]*(e[+-]?\d+)?", re.IGNORECASE)
-_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 _OPENERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 
 
@@ -119,7 +124,9 @@ def _unpacked(path: Path) -> bytes:
                 if any(name.startswith(("xl/", "content.xml")) for name in inside):
                     raise UserError(f"{path}: is a spreadsheet; save the sheet as CSV")
                 if len(inside) != 1:
-                    raise UserError(f"{path}: holds {len(inside)} files; give an archive of one table, or the table itself")
+                    raise UserError(
+                        f"{path}: holds {len(inside)} files; give an archive of one table, or the table itself"
+                    )
                 return archive.read(inside[0])
         unpack = next((how for mark, how in _OPENERS.items() if data.startswith(mark)), None)
         return unpack(data) if unpack else data
@@ -139,7 +146,9 @@ def _decoded(path: Path, data: bytes) -> tuple[str, list[str]]:
         return data.decode(encoding or "utf-8"), []
     except UnicodeDecodeError as error:
         if encoding:
-            raise UserError(_unreadable(path, f"not {encoding.upper()} as its first bytes say, {error.reason}")) from None
+            raise UserError(
+                _unreadable(path, f"not {encoding.upper()} as its first bytes say, {error.reason}")
+            ) from None
     text = data.decode("cp1252", errors="replace")  # figures are the same in every such encoding
     return text, ["not UTF-8, read as Windows-1252"]
 
@@ -155,7 +164,11 @@ def _split(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]]]:
     """Cells of each row, and the line on which it begins, counted from 0."""
     if separator == " ":
         return [(number, line.split()) for number, line in enumerate(lines)]
-    reader, rows, begins = csv.reader([line + "\n" for line in lines], delimiter=separator, skipinitialspace=True), [], 0
+    reader, rows, begins = (
+        csv.reader([line + "\n" for line in lines], delimiter=separator, skipinitialspace=True),
+        [],
+        0,
+    )
     for cells in reader:
         rows.append((begins, [cell.strip() for cell in cells]))
         begins = reader.line_num
@@ -219,7 +232,11 @@ def _has_header(path: Path, rows: Sequence[tuple[int, list[str]]], notes: list[s
         pairs = list(zip(kinds, below, strict=True))
         as_names = any(kind == "text" and other != "text" for kind, other in pairs)
         as_data = any(kind in ("number", "date") and kind == other for kind, other in pairs)
-        if as_names and as_data and not _counts_on([cell for cell, kind in zip(first, kinds, strict=True) if kind == "number"]):
+        if (
+            as_names
+            and as_data
+            and not _counts_on([cell for cell, kind in zip(first, kinds, strict=True) if kind == "number"])
+        ):
             raise UserError(f"{path}: is line {rows[0][0]} ({', '.join(first)[:60]}) names or data? {_EITHER}")
         return as_names or not as_data
     if not first[0] and first[1:] == [str(i) for i in range(len(first) - 1)] and len(first) > 1:

@@ -16,7 +16,9 @@ from .times import Times, find_rhythm, holds_dates, read_times
 # A column with one of these names is a time whatever it holds ...
 _TIME = set("time ds date datetime timestamp year years datum zeit zeitpunkt jahr fecha année annee año ano".split())
 # ... and with one of these if it rises evenly: T may be a temperature.
-_COUNTER = set("t index step steps period day days week month quarter hour minute tag monat woche obs no nr n id row".split())
+_COUNTER = set(
+    "t index step steps period day days week month quarter hour minute tag monat woche obs no nr n id row".split()
+)
 _ID = re.compile(r"id|.+[ _]id|series", re.IGNORECASE)
 _ROWS_FOR_COUNTER = 5  # so many rows that rise evenly by chance are rare
 
@@ -148,7 +150,9 @@ def _labels(grid: Grid, id: str | None) -> tuple[np.ndarray, list[object]]:
     cells = grid.frame[id]
     missing = (cells.isna() | (cells == "")).to_numpy()
     if missing.any():
-        raise UserError(f"{grid.source}: {grid.place(int(missing.argmax()), id)} is empty; every row needs its series' name")
+        raise UserError(
+            f"{grid.source}: {grid.place(int(missing.argmax()), id)} is empty; every row needs its series' name"
+        )
     labels, names = pd.factorize(cells)
     return labels, list(names)
 
@@ -161,7 +165,9 @@ def _find_time(
     counters: dict[str, Times] = {}
     for name in free:
         word = re.split(r"[\s(\[]", name.strip().casefold())[0]
-        times = read_times(grid.frame[name], labels, named=word in _TIME | _COUNTER or not word, where=_where(grid, name))
+        times = read_times(
+            grid.frame[name], labels, named=word in _TIME | _COUNTER or not word, where=_where(grid, name)
+        )
         dated = times is not None and isinstance(times.index, pd.DatetimeIndex)
         if times is not None and (dated or word in _TIME):
             found[name] = times
@@ -169,7 +175,7 @@ def _find_time(
             counters[name] = times
         elif times is None and name == free[0] and columns is None and _counts_up(grid, name) and len(free) > 1:
             numbers = grid.numbers(name)
-            if not (1500 <= numbers[0] and numbers[-1] <= 2200 and numbers[1] - numbers[0] == 1):
+            if not (numbers[0] >= 1500 and numbers[-1] <= 2200 and numbers[1] - numbers[0] == 1):
                 raise UserError(
                     f"{grid.source}: column {name} rises evenly from {numbers[0]:g}: is it the time? "
                     f"Say so with --time {name}, or with --time none that it is to be forecast"
@@ -179,7 +185,9 @@ def _find_time(
     years = [name for name in found if name.strip().casefold() in ("year", "jahr")]
     if years and months and set(found) == set(years):
         both = " and ".join([years[0], *months])
-        raise UserError(f"{grid.source}: {both} together are the time; put them into one column of dates, such as 2021-03")
+        raise UserError(
+            f"{grid.source}: {both} together are the time; put them into one column of dates, such as 2021-03"
+        )
     choice = found or counters
     if len(choice) > 1:
         raise UserError(
@@ -213,7 +221,9 @@ def _variables(grid: Grid, left: Sequence[str], time: str | None, notes: list[st
     for name in left:
         word = name.strip().casefold()
         if word in _TIME:
-            raise UserError(f"{grid.source}: column {name} may be a time too; name the columns to forecast with --columns")
+            raise UserError(
+                f"{grid.source}: column {name} may be a time too; name the columns to forecast with --columns"
+            )
         if word in _COUNTER | {""} and time is not None and _counts_up(grid, name):
             notes.append(f"{name or 'row numbers'} left out: it counts the rows")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..data import open_hdf5, read_array, refuse_first, refuse_uneven_time
 from ..files import UserError
 from .cells import Grid, read_cells
 from .roles import Roles, assign
-from .times import Rhythm, Times, find_rhythm, first_break, read_times
+from .times import Rhythm, find_rhythm, first_break, read_times
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,23 +27,28 @@ class History:
     """Its name, or its number where it has none."""
     values: np.ndarray
     """float64 (steps, variables), oldest first."""
-    times: pd.Index | None = None
-    """As the table has them, (steps,); None where there are none."""
+    index: pd.Index | None = None
+    """Its times as numbers or dates, (steps,); None where the table has none."""
     lines: np.ndarray | None = None
     """Where each step stands in the file, (steps,)."""
     rhythm: Rhythm | None = None
-    times_ahead: Times | None = None
+    """How the times of the whole series go on."""
+    show: Callable[[pd.Index], pd.Index] = lambda index: index
+    """Such times as the table has them: of its kind, in its spelling."""
+
+    def first(self, n: int) -> History:
+        """Its first `n` steps."""
+        return self._cut(slice(n))
 
     def last(self, n: int) -> History:
         """Its last `n` steps."""
-        cut = lambda rows: None if rows is None else rows[-n:]  # noqa: E731
-        return replace(self, values=self.values[-n:], times=cut(self.times), lines=cut(self.lines))
+        return self._cut(slice(max(0, len(self.values) - n), None))
 
-    def ahead(self, steps: int) -> pd.Index | None:
-        """Times of the next `steps`, spelt as the table has them."""
-        if self.rhythm is None or self.times_ahead is None:
-            return None
-        return self.times_ahead.show(self.rhythm.ahead(steps))
+    def _cut(self, rows: slice) -> History:
+        index = None if self.index is None else self.index[rows]
+        return replace(
+            self, values=self.values[rows], index=index, lines=None if self.lines is None else self.lines[rows]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +129,16 @@ def table_of(
     id: str | None = None,
 ) -> Table:
     """The series of a DataFrame: as `read_table`. An index of dates, or one with a name, counts as a column."""
-    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex) or any(name is not None for name in frame.index.names):
+    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex) or any(
+        name is not None for name in frame.index.names
+    ):
         frame = frame.rename_axis(index=[name or "time" for name in frame.index.names]).reset_index()
     frame = frame.rename(columns=str).set_axis(pd.RangeIndex(1, len(frame) + 1))
     if frame.columns.duplicated().any():
         raise UserError(f"{source}: two columns are named {frame.columns[frame.columns.duplicated()][0]!r}; rename one")
-    texts = {name: object for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype | pd.StringDtype)}
+    texts = {
+        name: object for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype | pd.StringDtype)
+    }
     return _build(Grid(source, frame.astype(texts), "row"), time, columns, id)
 
 
@@ -177,8 +186,8 @@ def _read_hdf5(path: Path) -> Table:
         refuse_uneven_time(path, time)
         times = read_times(pd.Series(time), np.zeros(len(time), int), named=True, where=f"{path}, /time")
     refuse_first(path, series, ~np.isfinite(series), "every value must be a finite number, fill or drop it")
-    shown, rhythm = (None, None) if times is None else (times.show(times.index), find_rhythm(times.index))
-    histories = tuple(History(i, values, shown, None, rhythm, times) for i, values in enumerate(series))
+    timed = {} if times is None else dict(index=times.index, rhythm=find_rhythm(times.index), show=times.show)
+    histories = tuple(History(i, values, **timed) for i, values in enumerate(series))
     names = tuple(f"variable_{i}" for i in range(series.shape[2]))
     name = None if times is None else "time"
     notice = _notice(histories, names, None, name, [])
@@ -206,21 +215,22 @@ def _build(grid: Grid, time: str | None, columns: Sequence[str] | None, id: str 
     _refuse_cells(grid, values, roles.variables)
     if roles.times is not None and roles.times.index.hasnans:
         row = int(np.argmax(roles.times.index.isna()))
-        raise UserError(f"{grid.source}: {grid.place(row, roles.time)} is {_cell(grid, row, roles.time)}, not a time; correct it")
+        raise UserError(
+            f"{grid.source}: {grid.place(row, roles.time)} is {_cell(grid, row, roles.time)}, not a time; correct it"
+        )
     notes = [*grid.notes, *roles.notes]
     lines = grid.frame.index.to_numpy()
     histories, is_sorted = [], True
     for label, name in enumerate(roles.names):
         rows = np.flatnonzero(roles.labels == label)
-        shown = rhythm = None
+        timed = {}
         if roles.times is not None:
             index = roles.times.index[rows]
             order = np.argsort(index, kind="stable")
             is_sorted &= bool((order == np.arange(len(order))).all())
             rows, index = rows[order], index[order]
-            rhythm = _rhythm(grid, roles, rows, index)
-            shown = roles.times.show(index)
-        histories.append(History(name, values[rows], shown, lines[rows], rhythm, roles.times))
+            timed = dict(index=index, rhythm=_rhythm(grid, roles, rows, index), show=roles.times.show)
+        histories.append(History(name, values[rows], lines=lines[rows], **timed))
     if not is_sorted:
         notes.append(f"rows sorted by {roles.time}")
     names = tuple(roles.variables)
@@ -249,7 +259,6 @@ def _rhythm(grid: Grid, roles: Roles, rows: np.ndarray, index: pd.Index) -> Rhyt
     """The rhythm of one series' times; times that stand twice, and gaps, are refused by date and line."""
     lines, shown = grid.frame.index[rows], roles.times.show(index)
     whose = "" if roles.id is None else f" of series {roles.names[roles.labels[rows[0]]]}"
-    stay = f"--time none takes rows{whose} as even steps"
     if index.has_duplicates:
         twice = int(np.argmax(index.duplicated()))
         which = f"{shown[twice]} stands twice, in {grid.counts}s {lines[twice - 1]} and {lines[twice]}"
@@ -259,10 +268,11 @@ def _rhythm(grid: Grid, roles: Roles, rows: np.ndarray, index: pd.Index) -> Rhyt
     if rhythm is None and len(index) > 1:
         row, step, usual = first_break(index)
         where = f"from step {row} ({shown[row]}, {grid.counts} {lines[row]}) to the next ({shown[row + 1]})"
-        keep = f"name it in --columns if {roles.time} is to be forecast, or {stay}"
+        dated = isinstance(index, pd.DatetimeIndex)
+        kept = "" if dated else f", name {roles.time} in --columns if it is no time but to be forecast"
         raise UserError(
             f"{grid.source}: column {roles.time}{whose}: uneven time axis, {where} it goes by {step} and elsewhere by {usual}; "
-            f"fill the gap; {keep}"
+            f"fill the gap{kept}, or take rows as even steps with --time none"
         )
     return rhythm
 
@@ -276,9 +286,9 @@ def _notice(
         parts.append(f"{len(histories)} series{names}")
     parts.append(f"{len(variables)} variable{'s' * (len(variables) != 1)} {_listed(variables)}")
     first = histories[0]
-    if time is not None and first.times is not None:
-        numbers = pd.api.types.is_numeric_dtype(first.times.dtype)
-        span = f"{_day(first.times[0])}{'–' if numbers else ' to '}{_day(first.times[-1])}"
+    if time is not None and first.index is not None:
+        begin, end = (str(when).removesuffix(" 00:00:00") for when in first.show(first.index[[0, -1]]))
+        span = f"{begin}{' to ' if isinstance(first.index, pd.DatetimeIndex) else '–'}{end}"
         rhythm = f" ({first.rhythm.name})" if first.rhythm else ""
         parts.append(f"{time} taken as time, {span}{rhythm}")
     lengths = [len(history.values) for history in histories]
@@ -288,7 +298,3 @@ def _notice(
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else ", ".join([*names[:4], "…", names[-1]])
-
-
-def _day(time: object) -> str:
-    return str(time).removesuffix(" 00:00:00")

@@ -99,7 +99,7 @@ def find_rhythm(index: pd.Index) -> Rhythm | None:
         if not (np.abs(gaps - usual) <= EVEN * usual).all() or usual <= 0:
             return None
         step = (index[-1] - index[0]) / (len(index) - 1)
-        yearly = step == 1 and 1000 <= index[0] and index[-1] <= 2999
+        yearly = step == 1 and index[0] >= 1000 and index[-1] <= 2999
         ahead = lambda n: pd.Index(index[-1] + step * np.arange(1.0, n + 1))  # noqa: E731
         return Rhythm("yearly" if yearly else f"every {step:g}", ahead)
     return _monthly(index) or _spaced(index) or _frequency(index)
@@ -243,7 +243,9 @@ def _with_clock_changes(reading: Times, groups: np.ndarray) -> Iterator[Times]:
 def _is_monthly(index: pd.DatetimeIndex) -> bool:
     """Whether all stand on one day of the month (or on its last day), at one time of day."""
     day = 31 if index.is_month_end.all() else index.day.max()
-    return bool((index.day == np.minimum(day, index.days_in_month)).all() and (index - index.normalize()).nunique() == 1)
+    return bool(
+        (index.day == np.minimum(day, index.days_in_month)).all() and (index - index.normalize()).nunique() == 1
+    )
 
 
 def _monthly(index: pd.DatetimeIndex) -> Rhythm | None:
