@@ -112,7 +112,10 @@ def forecast_table(
     variables = list(range(len(table.variables)))
     joined = not own_scale or (len(variables) <= TOGETHER if together is None else together)
     groups = [variables] if joined else [[column] for column in variables]
-    outlooks, jobs, notices, cut = [], [], [], {}
+    outlooks: list[Outlook] = []
+    jobs: list[_Job] = []
+    notices: list[str] = []
+    cut: dict[int, int] = {}  # steps of a history: steps used
     for number, history in enumerate(table.histories):
         problem, kept = _problem(table, history, own_scale), history
         if not problem:
@@ -190,9 +193,13 @@ def _window(base: Base) -> float:
     At 1,024 tokens, its error on long classic series is at its least; at 1,280 it is several times as large, at 2,048 nothing parses.
     """
     config = base.model.config
-    record = Path(config.name_or_path) / "pretraining.json"  # beside the weights, where this package trained them
-    trained = read_json(record)["settings"]["max_length"] if record.is_file() else math.inf
-    return min(trained, getattr(config, "max_position_embeddings", math.inf))
+    window = getattr(config, "max_position_embeddings", math.inf)
+    record = (
+        Path(config.name_or_path or "/") / "pretraining.json"
+    )  # beside the weights, where this package trained them
+    if record.is_file() and isinstance(card := read_json(record), dict):
+        window = min(window, card["settings"]["max_length"])
+    return window
 
 
 def _run(base: Base, jobs: Sequence[_Job], outlooks: Sequence[Outlook], steps: int, how: dict) -> None:

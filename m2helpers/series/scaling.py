@@ -55,8 +55,10 @@ def fit_scaling(values: np.ndarray) -> Scaling:
 
 def find_spike(values: np.ndarray) -> tuple[int, int, float] | None:
     """A value that would flatten all the others in the text: its row, its column, and how many times their range off it is."""
-    low, middle, high = np.percentile(values, [5, 50, 95], axis=0)  # each (variables,)
-    spread = high - low
+    low, high = (
+        np.percentile(values, q, axis=0, method=how) for q, how in ((5, "higher"), (95, "lower"))
+    )  # (variables,)
+    middle, spread = np.median(values, axis=0), high - low
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.where(spread > 0, np.abs(values - middle) / spread, 0.0)
     row, column = np.unravel_index(times.argmax(), times.shape)

@@ -213,7 +213,7 @@ def _build(grid: Grid, time: str | None, columns: Sequence[str] | None, id: str 
         raise UserError(f"{grid.source}: no value in it; give at least one row of numbers")
     values = np.stack([grid.numbers(name) for name in roles.variables], axis=1)  # (rows, variables)
     _refuse_cells(grid, values, roles.variables)
-    if roles.times is not None and roles.times.index.hasnans:
+    if roles.time is not None and roles.times is not None and roles.times.index.hasnans:
         row = int(np.argmax(roles.times.index.isna()))
         raise UserError(
             f"{grid.source}: {grid.place(row, roles.time)} is {_cell(grid, row, roles.time)}, not a time; correct it"
@@ -229,7 +229,8 @@ def _build(grid: Grid, time: str | None, columns: Sequence[str] | None, id: str 
             order = np.argsort(index, kind="stable")
             is_sorted &= bool((order == np.arange(len(order))).all())
             rows, index = rows[order], index[order]
-            timed = dict(index=index, rhythm=_rhythm(grid, roles, rows, index), show=roles.times.show)
+            rhythm = _rhythm(grid, roles, rows, index, roles.times.show(index))
+            timed = dict(index=index, rhythm=rhythm, show=roles.times.show)
         histories.append(History(name, values[rows], lines=lines[rows], **timed))
     if not is_sorted:
         notes.append(f"rows sorted by {roles.time}")
@@ -255,9 +256,9 @@ def _cell(grid: Grid, row: int, name: str | None) -> str:
     return "empty" if pd.isna(cell) or cell == "" else repr(cell) if isinstance(cell, str) else str(cell)
 
 
-def _rhythm(grid: Grid, roles: Roles, rows: np.ndarray, index: pd.Index) -> Rhythm | None:
+def _rhythm(grid: Grid, roles: Roles, rows: np.ndarray, index: pd.Index, shown: pd.Index) -> Rhythm | None:
     """The rhythm of one series' times; times that stand twice, and gaps, are refused by date and line."""
-    lines, shown = grid.frame.index[rows], roles.times.show(index)
+    lines = grid.frame.index[rows]
     whose = "" if roles.id is None else f" of series {roles.names[roles.labels[rows[0]]]}"
     if index.has_duplicates:
         twice = int(np.argmax(index.duplicated()))

@@ -82,7 +82,8 @@ def read_times(column: pd.Series, groups: np.ndarray, *, named: bool, where: str
     spelt = {reading.about for reading in even or readings}
     if len(spelt) > 1:
         raise UserError(f"{where}: {column.iloc[0]!r} may be {' or '.join(sorted(spelt))}; write dates as 2021-12-31")
-    return (even or readings or [None])[0]
+    found = even or readings
+    return found[0] if found else None
 
 
 def holds_dates(column: pd.Series) -> bool:
