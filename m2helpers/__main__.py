@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--windows", type=int, default=1, metavar="K", help="windows of --steps rows held back")
     added.add_argument("--samples", type=int, default=20, help="sampled forecasts a window (0: the likeliest)")
     added.add_argument("--out", type=Path, metavar="FILE", help="the errors as a table: .csv or .parquet")
+    added.set_defaults(constrained=True)
 
     added = command("export", commands.export, "write a run as a plain model that transformers loads by itself")
     added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run's folder")

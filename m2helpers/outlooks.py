@@ -54,11 +54,8 @@ class Forecasts:
     outlooks: list[Outlook]
     notices: list[str] = field(default_factory=list)
     """One line each: histories that were cut, series that could not be forecast."""
-
-    @property
-    def n_invalid(self) -> int:
-        """Paths that did not parse whole."""
-        return sum(int(np.isnan(o.paths).any(axis=(1, 2)).sum()) for o in self.outlooks if not o.problem)
+    n_invalid: int = 0
+    """Paths that did not parse whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +221,7 @@ def _run(base: Base, jobs: Sequence[_Job], outlooks: Sequence[Outlook], steps: i
 
 def _finished(table: Table, outlooks: list[Outlook], notices: list[str]) -> Forecasts:
     """Name the series that came to nothing; refuse if all did."""
+    n_invalid = sum(int(np.isnan(o.paths).any(axis=(1, 2)).sum()) for o in outlooks if not o.problem)
     for i, outlook in enumerate(outlooks):
         if not outlook.problem and np.isnan(outlook.paths).all():
             outlooks[i] = replace(outlook, problem="nothing that the model wrote parsed; --constrained makes it")
@@ -233,7 +231,7 @@ def _finished(table: Table, outlooks: list[Outlook], notices: list[str]) -> Fore
         more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
         raise UserError(f"{table.source}: nothing was forecast: {name(dead[0])}{dead[0].problem}{more}")
     notices += [f"{name(outlook)}{outlook.problem}" for outlook in dead]
-    return Forecasts(table, outlooks, notices)
+    return Forecasts(table, outlooks, notices, n_invalid)
 
 
 def quantiles(paths: np.ndarray, levels: Sequence[float]) -> np.ndarray:

@@ -152,7 +152,8 @@ def forecast(options) -> None:
     if options.plot:
         _draw(made, options.plot)
     invalid = f"; {made.n_invalid} did not parse whole: with --constrained all do" if made.n_invalid else ""
-    print(f"{options.out}: {len(table.histories)} series, {options.steps} steps ahead{invalid}")
+    n = sum(not outlook.problem for outlook in made.outlooks)
+    print(f"{options.out}: {n} series, {options.steps} steps ahead{invalid}")
 
 
 def backtest(options) -> None:
@@ -162,11 +163,11 @@ def backtest(options) -> None:
         if path:
             refuse_output(path, options.file, kinds, option)
     table = _own_table(options)
-    base, run, _ = _load(options)
+    base, run, constrained = _load(options)
 
     from ..frames import forecast_held_back, scores
 
-    how = dict(constrained=True, samples=options.samples, seed=options.seed, together=options.together or None)
+    how = dict(constrained=constrained, samples=options.samples, seed=options.seed, together=options.together or None)
     made = forecast_held_back(base, table, options.steps, options.windows, codec=run and run.codec, **how)
     _tell(made.notices)
     frame = scores(made)

@@ -117,7 +117,7 @@ def read_table(
         table = table_of(_read_parquet(path), str(path), time=time, columns=columns, id=id)
     else:
         table = _build(read_cells(path, header, decimal), time, columns, id)
-    return table.last(last) if last else table
+    return replace(table.last(last), notice=f"{table.notice}; the last {last:,} used") if last else table
 
 
 def table_of(

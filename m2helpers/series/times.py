@@ -7,6 +7,7 @@ pandas knows (business days), equal spans of absolute time where clocks are put 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -275,10 +276,13 @@ def _spaced(index: pd.DatetimeIndex) -> Rhythm | None:
 
 
 def _frequency(index: pd.DatetimeIndex) -> Rhythm | None:
-    frequency = pd.infer_freq(index) if len(index) > 2 and index.is_unique else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas announces that it will return an offset
+        frequency = pd.infer_freq(index) if len(index) > 2 and index.is_unique else None
     if frequency is None or not pd.date_range(index[0], periods=len(index), freq=frequency).equals(index):
         return None
-    name = {"B": "business days"}.get(frequency, f"frequency {frequency}")
+    name = pd.tseries.frequencies.to_offset(frequency).freqstr
+    name = "business days" if name == "B" else f"frequency {name}"
     return Rhythm(name, lambda n: pd.date_range(index[-1], periods=n + 1, freq=frequency)[1:])
 
 
