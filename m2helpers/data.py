@@ -105,7 +105,9 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, RuntimeError) as error:  # some damage shows only when a block is read
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or give another") from None
+        table = path.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet")
+        hint = f" (for a table of your own: python -m m2helpers backtest {path} --steps N)" if table else ""
+        raise UserError(f"{path}: cannot be read as HDF5 ({reason}); restore it or give another{hint}") from None
 
 
 def read_array(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:

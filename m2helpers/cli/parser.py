@@ -12,7 +12,7 @@ import tyro
 
 from .accounts import Flops, Spent
 from .data import Encode, Simulate
-from .forecast import Forecast
+from .forecast import Backtest, Forecast
 from .measuring import Evaluate
 from .options import REGISTRY
 from .pages import Bench, FillReadme
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "experiments": Experiments,
     "evaluate": Evaluate,
     "forecast": Forecast,
+    "backtest": Backtest,
     "export": Export,
     "flops": Flops,
     "ledger": Spent,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..evaluation.scores import Result
+
+if TYPE_CHECKING:  # it loads torch, which no picture needs
+    from ..outlooks import Forecasts, Outlook
 
 __all__ = [
     "BASELINES",
@@ -34,6 +37,7 @@ __all__ = [
     "plot_history",
     "plot_horizons",
     "plot_interval",
+    "plot_own_forecast",
     "plot_per_step",
     "plot_phase",
     "plot_series",
@@ -120,6 +124,53 @@ def plot_interval(ax: Axes, time: np.ndarray, samples: np.ndarray) -> None:
     for column, (name, colour) in enumerate(VARIABLES.items()):
         ax.plot(time, middle[:, column], color=colour, ls="--", lw=1.3, label=f"{name}, median forecast")
         ax.fill_between(time, low[:, column], high[:, column], color=colour, alpha=0.2, lw=0)
+
+
+def plot_own_forecast(forecasts: Forecasts, most: int = 12) -> Figure:
+    """The forecasts of a user's own table, a panel for each variable of each series (the first `most`).
+
+    Each shows the end of the history, the forecast with its 50 % and 80 % bands where paths were sampled, and the truth
+    where it was held back.
+    """
+    table = forecasts.table
+    panels = [(o, i) for o in forecasts.outlooks if not o.problem for i in range(len(table.variables))][:most]
+    columns = 1 if len(panels) <= 4 else 2
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 1.9 * rows + 1.1), squeeze=False, sharex=len({id(o) for o, _ in panels}) == 1
+    )
+    for ax, (outlook, column) in zip(axes.flat, panels, strict=False):
+        _plot_outlook(ax, outlook, column)
+        ax.set_ylabel(table.variables[column])
+        ax.set_xlabel(table.time_name or "step")
+        if len(forecasts.outlooks) > 1:
+            ax.set_title(f"{table.id_name or 'series'} {outlook.history.name}", loc="left", fontsize="medium")
+        if axes[0, 0].get_shared_x_axes().joined(axes[0, 0], axes[-1, -1]):
+            ax.label_outer()
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return figure
+
+
+def _plot_outlook(ax: Axes, outlook: Outlook, column: int) -> None:
+    history, steps = outlook.history, outlook.paths.shape[1]
+    past = history.last(max(40, 4 * steps))
+    n = len(history.values)
+    before = np.arange(n - len(past.values) + 1, n + 1) if past.index is None else past.index
+    ahead = np.arange(n + 1, n + steps + 1) if outlook.index is None else outlook.index
+    ax.plot(before, past.values[:, column], color="0.25", lw=1.3, label="history")
+    paths = outlook.paths[:, :, column]
+    whole = paths[~np.isnan(paths).any(axis=1)] if len(paths) > 1 else paths
+    if len(whole) > 1:
+        low, lower, middle, upper, high = np.quantile(whole, [0.1, 0.25, 0.5, 0.75, 0.9], axis=0)  # each (steps,)
+        ax.fill_between(ahead, low, high, color=PREY, alpha=0.18, lw=0, label="80 % band")
+        ax.fill_between(ahead, lower, upper, color=PREY, alpha=0.3, lw=0, label="50 % band")
+        ax.plot(ahead, middle, "o-", ms=3, lw=1.3, color=PREY, label="forecast (median)")
+    elif len(whole):
+        ax.plot(ahead, whole[0], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
+    if outlook.truth is not None:
+        ax.plot(ahead, outlook.truth[:, column], "x", ms=5, color=PREDATOR, label="truth, held back")
 
 
 def plot_phase(ax: Axes, values: np.ndarray, **line: Any) -> None:

@@ -77,14 +77,16 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
 
     series, out = tmp_path / "series.csv", tmp_path / "forecast.csv"
     pd.DataFrame({"time": range(30), "a": np.sin(np.arange(30)) + 2}).to_csv(series, index=False)
-    assert main(["forecast", str(series), "--model", str(tiny_folder), "--steps", "3", "--out", str(out)]) == 0
-    assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "variable_0"]
+    assert main(["forecast", str(series), "--model", str(tiny_folder), "--steps", "3", "--out", str(out)]) == 1
+    assert "nothing was forecast: nothing that the model wrote parsed" in capsys.readouterr().err
+    assert not out.exists()  # random weights write no numbers
     again = ["--constrained", "--steps", "3", "--out", str(out)]
     assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
-    assert pd.read_csv(out)["step"].tolist() == [1, 2, 3]
+    assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "time", "a"]
+    assert pd.read_csv(out)[["step", "time"]].values.tolist() == [[1, 30], [2, 31], [3, 32]]
     pd.DataFrame({"a": (np.sin(np.arange(30)) + 2) * 1e-7}).to_csv(series, index=False)
     assert main(["forecast", str(series), "--model", str(tiny_folder), *again]) == 0
-    assert pd.read_csv(out)["variable_0"].max() > 0  # small units keep their digits
+    assert pd.read_csv(out)["a"].max() > 0  # small units keep their digits
 
 
 def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch):
@@ -105,7 +107,12 @@ def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch)
 
     used = []
     made = SimpleNamespace(values=np.ones((2, 2)))
-    monkeypatch.setattr("m2helpers.forecasting.forecast", lambda base, codec, *_, **__: used.append(codec) or [made])
+
+    def forecast(base, codec, series, *_, **__):
+        used.extend([codec] * len(series))
+        return [made] * len(series)
+
+    monkeypatch.setattr("m2helpers.forecasting.forecast", forecast)
     ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
     for choice in ("run", "own"):
         assert main(["forecast", str(other), "--run", str(run), "--scale", choice, *ahead]) == 0
@@ -194,10 +201,97 @@ def test_a_series_that_cannot_be_sampled_costs_no_other(tiny_folder, tmp_path, c
     assert main([*command, "--out", str(tmp_path / "out.csv")]) == 0
     assert "; 3 did not parse whole: with --constrained all do" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out.csv")["series"].tolist() == [1] * 6
-    with h5py.File(tmp_path / "two.h5", "a") as file:
-        file["trajectories"][1] = 0
-    assert main([*command, "--out", str(tmp_path / "out.csv")]) == 1
-    assert "two.h5, series 1: the 99.7th percentile of the values is 0" in capsys.readouterr().err
+    drawn = iter([np.ones((0, 2, 1))] * 2)
+    assert main([*command, "--out", str(tmp_path / "none.csv")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(
+        f"m2helpers forecast: {tmp_path / 'two.h5'}: nothing was forecast: series 0: nothing that"
+    )
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_series_of_zeros_is_forecast_as_zeros(tmp_path, monkeypatch, tiny_folder):
+    """It has no scale of its own to be written at, and needs none."""
+    read = []
+    monkeypatch.setattr(
+        "m2helpers.forecasting.forecast",
+        lambda base, codec, series, *_, **__: read.extend(series) or [SimpleNamespace(values=s[-2:]) for s in series],
+    )
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["trajectories"] = np.stack([np.ones((8, 1)), np.zeros((8, 1))])
+    out = tmp_path / "out.csv"
+    command = ["forecast", str(tmp_path / "two.h5"), "--model", str(tiny_folder), "--steps", "2", "--out", str(out)]
+    assert main(command) == 0
+    assert (read[1] == 0).all() and pd.read_csv(out)["variable_0"].tolist() == [1, 1, 0, 0]
+
+
+@pytest.fixture
+def daily(tmp_path):
+    """Forty days of two populations, in a file of the kind that people have."""
+    path, t = tmp_path / "daily.csv", np.arange(40)
+    frame = pd.DataFrame({"prey": 20 + 8 * np.sin(t / 3), "predator": 9 + 4 * np.cos(t / 3)})
+    frame.insert(0, "time", pd.date_range("2021-01-01", periods=40).strftime("%Y-%m-%d"))
+    frame.round(3).to_csv(path, index=False)
+    return path
+
+
+def test_names_and_dates_go_on_and_bands_are_drawn(daily, tiny_folder, capsys):
+    out, picture = daily.with_name("out.csv"), daily.with_name("out.png")
+    command = ["forecast", str(daily), "--model", str(tiny_folder), "--steps", "3", "--constrained", "--out", str(out)]
+    assert main([*command, "--samples", "4", "--levels", "0.1,0.5,0.9", "--plot", str(picture)]) == 0
+    frame = pd.read_csv(out)
+    names = [f"{name}_{level}" for name in ("prey", "predator") for level in (0.1, 0.5, 0.9)]
+    assert list(frame.columns) == ["series", "step", "time", *names]
+    assert frame["time"].tolist() == ["2021-02-10", "2021-02-11", "2021-02-12"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    said = "2 variables prey, predator; time taken as time, 2021-01-01 to 2021-02-09 (daily); 40 steps"
+    assert capsys.readouterr().err == f"m2helpers forecast: {said}\n"
+
+
+def test_what_cannot_be_written_costs_nothing(daily, tiny_folder, capsys, monkeypatch):
+    """Refused before the model is loaded."""
+    monkeypatch.setattr("m2helpers.models.load_base", None)
+    before = daily.read_bytes()
+    command = ["forecast", str(daily), "--model", str(tiny_folder), "--steps", "3"]
+    for out, message in (
+        (daily, "is the input"),
+        (daily.parent, "is a folder"),
+        (daily.with_name("out.xls"), "ending '.xls'"),
+    ):
+        assert main([*command, "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+    assert main([*command, "--out", str(daily.with_name("out.csv")), "--levels", "0.5"]) == 1
+    assert "--levels needs samples" in capsys.readouterr().err
+    assert main([*command, "--out", str(daily.with_name("out.csv")), "--plot", "picture.gif"]) == 1
+    assert "--plot picture.gif: unknown ending" in capsys.readouterr().err
+    assert daily.read_bytes() == before and [path.name for path in daily.parent.iterdir()] == ["daily.csv"]
+
+
+def test_the_last_rows_of_a_table_are_held_back(daily, tiny_folder, capsys):
+    out, picture = daily.with_name("scores.csv"), daily.with_name("held.svg")
+    command = ["backtest", str(daily), "--model", str(tiny_folder), "--steps", "3", "--windows", "2", "--samples", "3"]
+    assert main([*command, "--out", str(out), "--plot", str(picture)]) == 0
+    frame = pd.read_csv(out)
+    assert frame["method"].tolist() == ["this model", "last value", "last season", "context parroting"] * 2
+    prey = pd.read_csv(daily)["prey"].to_numpy()
+    errors = np.abs(np.concatenate([prey[34:37] - prey[33], prey[37:] - prey[36]]))
+    assert frame.loc[1, "mae"] == pytest.approx(errors.mean())
+    assert "context parroting" in capsys.readouterr().out and picture.read_text().startswith("<?xml")
+
+
+def test_options_say_what_a_table_holds(daily, tiny_folder, capsys):
+    out = daily.with_name("out.csv")
+    command = ["forecast", str(daily), "--model", str(tiny_folder), "--steps", "2", "--constrained", "--out", str(out)]
+    assert main([*command, "--columns", "predator", "--time", "none", "--last", "20"]) == 0
+    assert list(pd.read_csv(out).columns) == ["series", "sample", "step", "predator"]
+    assert "1 variable predator; 40 steps; left out: time, prey; the last 20 used\n" in capsys.readouterr().err
+    assert main([*command, "--no-header"]) == 1
+    assert "line 1, column variable_1 is 'prey'" in capsys.readouterr().err
+
+
+def test_a_table_given_for_the_dataset_is_shown_where_it_belongs(daily, capsys):
+    assert main(["evaluate", "--data", str(daily)]) == 1
+    assert f"for a table of your own: python -m m2helpers backtest {daily} --steps N" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_status_1(tmp_path, capsys, monkeypatch):
