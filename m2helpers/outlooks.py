@@ -16,6 +16,7 @@ import pandas as pd
 
 from . import forecasting
 from .files import UserError, read_json
+from .ledger import default_ledger
 from .models import Base
 from .series import History, Table
 from .series.scaling import Scaling, find_spike, fit_scaling
@@ -134,7 +135,7 @@ def forecast_table(
         rows, n = max(cut.items())
         each = " of each series" if len(table.histories) > 1 else ""
         notices.append(f"the last {n:,} of {rows:,} rows{each} are used, as many as the model was trained to read")
-    how = {"constrained": constrained} | ({"n_samples": samples, "seed": seed} if samples else {})
+    how = {"constrained": constrained, "ledger": default_ledger(base)} | ({"n_samples": samples, "seed": seed} if samples else {})
     _run(base, jobs, outlooks, steps, how)
     return _finished(table, outlooks, notices)
 
@@ -226,7 +227,10 @@ def _finished(table: Table, outlooks: list[Outlook], notices: list[str]) -> Fore
         if not outlook.problem and np.isnan(outlook.paths).all():
             outlooks[i] = replace(outlook, problem="nothing that the model wrote parsed; --constrained makes it")
     dead = [outlook for outlook in outlooks if outlook.problem]
-    name = lambda outlook: f"series {outlook.history.name}: " if len(outlooks) > 1 else ""  # noqa: E731
+
+    def name(outlook: Outlook) -> str:
+        return f"series {outlook.history.name}: " if len(outlooks) > 1 else ""
+
     if len(dead) == len(outlooks):
         more = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
         raise UserError(f"{table.source}: nothing was forecast: {name(dead[0])}{dead[0].problem}{more}")

@@ -21,12 +21,13 @@ from m2helpers.engine.resume import load_state, save_state
 from m2helpers.forecasting import forecast
 from m2helpers.lora import apply_lora, lora_layers, merge, trainable_parameters, unmerge
 from m2helpers.models import load_base
+from m2helpers.pretraining import batches, record
 from m2helpers.pretraining import run as pretraining
 from m2helpers.pretraining.families import FAMILIES
 from m2helpers.runs import load_run
 from m2helpers.settings import LoraSettings, PretrainSettings, TrainSettings
 from m2helpers.text import Codec, fit_scale
-from m2helpers.training import Training, series_loss, train_lora
+from m2helpers.training import Training, TrainState, series_loss, train_lora
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 DEVICE, IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
@@ -155,6 +156,7 @@ def cuda(monkeypatch, tmp_path):
         with monkeypatch.context() as patch, _FakeCuda():
             for module in (models, pretraining):
                 patch.setattr(module, "choose_device", lambda: "cuda")
+            for module in (models, record):
                 patch.setattr(module, "has_bfloat16", lambda device: False)
             patch.setattr(models, "_check_memory", lambda *_: None)
             # A checkpoint looks at devices from inside other operations, where the surface is off.
@@ -255,13 +257,13 @@ def test_a_stopped_run_goes_on(tiny_base, small_data, codec, cuda, tmp_path):
     with cuda():
         work = Training(tiny_base(), small_data, settings, codec)
         work.step()  # with dropout
-        save_state(tmp_path, work.parameters, work.optimizer, work.record, work.best)
+        save_state(tmp_path, work.parameters, work.optimizer, work.state, work.best)
         again = Training(tiny_base(), small_data, settings, codec)
-        again.record = load_state(tmp_path, again.parameters, again.optimizer, again.best)
+        again.state = load_state(tmp_path, again.parameters, again.optimizer, TrainState, again.best)
         for run in (work, again):
             run.step()
         assert {m.device for state in again.optimizer.state.values() for m in state.values() if m.dim()} == {CUDA}
-        assert again.record["losses"] == work.record["losses"]
+        assert again.state.losses == work.state.losses
 
 
 def test_updates_merge_and_come_out_again(tiny_base, cuda):
@@ -294,17 +296,18 @@ def test_the_loss_of_a_head_and_its_slopes(characters, cuda, monkeypatch):
 
 
 def test_pretraining_is_that_of_the_cpu(cuda, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "BLOCK", 8)
-    monkeypatch.setattr(pretraining, "FAMILIES", {"glycolysis": FAMILIES["glycolysis"]})
-    monkeypatch.setattr(pretraining.os, "cpu_count", lambda: 1)  # the texts are drawn in this process
+    monkeypatch.setattr(batches, "BLOCK", 8)
+    for module in (batches, pretraining):
+        monkeypatch.setattr(module, "FAMILIES", {"glycolysis": FAMILIES["glycolysis"]})
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: 1)  # the texts are drawn in this process
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     settings = PretrainSettings(tokens=3 * 4 * 32, batch_size=4, max_length=32, eval_texts=2, eval_steps=2, log_steps=1)
     architecture = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 
     def found(folder):
-        record = pretraining.pretrain(settings, folder, architecture=architecture | dict(num_key_value_heads=1))
-        return record["machine"], [row["loss"] for row in record["history"]]
+        done = pretraining.pretrain(settings, folder, architecture=architecture | dict(num_key_value_heads=1))
+        return done["machine"], [row["loss"] for row in done["history"]]
 
     machine, expected = found(tmp_path / "cpu")
     with cuda():

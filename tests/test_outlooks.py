@@ -28,6 +28,7 @@ def echo(monkeypatch):
         (one,) = forecast(base, codec, [values], steps)
         return np.stack([one.values] * n_samples)
 
+    monkeypatch.setattr("m2helpers.outlooks.default_ledger", lambda base: None)
     monkeypatch.setattr(forecasting, "forecast", forecast)
     monkeypatch.setattr(forecasting, "sample_forecasts", sample)
     return read
