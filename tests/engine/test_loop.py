@@ -10,6 +10,7 @@ from m2helpers.engine.loop import stop_on_signal
 from tests.campaigns.resume import campaign
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_write_or_moment_ends_the_same(tmp_path):
     hit = campaign(tmp_path, kills=3, seed=0)
     assert hit["boundaries"] == hit["writes"] > 15  # a kill that misses shows nothing
