@@ -11,10 +11,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from ..data import load_dataset
+from ..forecasting import forecast
+from ..ledger import Ledger
+from ..models import load_base
+from ..settings import EMBEDDED
+from ..text import Codec, fit_scale
+from ..training import series_loss
 
 # GNU's library, which PyTorch's Linux wheels bring, spins 300,000 times (some milliseconds) unless it is told otherwise.
 SIDES = {
@@ -83,16 +92,6 @@ def _busy(n: int) -> Iterator[None]:
 
 def _work(data: Path) -> None:
     """Answer every line on the input with the seconds that each piece of work took."""
-    import tempfile
-
-    from ..data import load_dataset
-    from ..forecasting import forecast
-    from ..ledger import Ledger
-    from ..models import load_base
-    from ..settings import EMBEDDED
-    from ..text import Codec, fit_scale
-    from ..training import series_loss
-
     dataset, base = load_dataset(data), load_base(EMBEDDED)
     codec = Codec(fit_scale(dataset.part("train")))
     series = [values[:10] for values in dataset.part("train")[:FORECASTS]]

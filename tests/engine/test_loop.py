@@ -116,12 +116,14 @@ def test_the_bar_shows_what_a_step_returns(capsys):
     assert "of seven: 100%" in shown and "7/7" in shown and "shown" in shown
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_write_or_moment_ends_the_same(tmp_path):
     hit = campaign("fine-tuning", tmp_path, kills=3, seed=0)
     assert hit["boundaries"] == hit["writes"] > 15  # a kill that misses shows nothing
     assert hit["random"] > 0
 
 
+@pytest.mark.slow
 def test_pre_training_killed_at_a_write_or_a_moment_ends_the_same(tmp_path):
     """Every fifth write boundary, to be quick; the campaign by hand has all of them."""
     hit = campaign("pre-training", tmp_path, kills=2, seed=0, every=5)

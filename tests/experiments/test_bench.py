@@ -30,7 +30,7 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     return tmp_path
 
 
-SLOW = ("train", "train-embedded")  # a Trainer is slow to start
+SLOW = ("train", "train-embedded", "decode-embedded")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
