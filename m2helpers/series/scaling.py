@@ -55,9 +55,8 @@ def fit_scaling(values: np.ndarray) -> Scaling:
 
 def find_spike(values: np.ndarray) -> tuple[int, int, float] | None:
     """A value that would flatten all the others in the text: its row, its column, and how many times their range off it is."""
-    low, high = (
-        np.percentile(values, q, axis=0, method=how) for q, how in ((5, "higher"), (95, "lower"))
-    )  # (variables,)
+    # The nearest values inward, not interpolated: of few values, one spike would stretch the range itself.
+    low, high = np.percentile(values, 5, axis=0, method="higher"), np.percentile(values, 95, axis=0, method="lower")
     middle, spread = np.median(values, axis=0), high - low
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.where(spread > 0, np.abs(values - middle) / spread, 0.0)
