@@ -77,7 +77,7 @@ def _shortened(values: np.ndarray, history: np.ndarray) -> np.ndarray:
     size, spread = np.abs(history).max(axis=0), np.ptp(history, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         still = np.where(spread > 0, np.log10(size / spread), 0.0)
-    digits = 9 + np.clip(np.ceil(still), 0, 7).astype(int)
+    digits = 9 + np.clip(np.floor(still), 0, 7).astype(int)
     columns = [
         [float(f"{x:.{n}g}") for x in column.ravel()]
         for column, n in zip(np.moveaxis(values, -1, 0), digits, strict=True)

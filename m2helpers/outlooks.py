@@ -135,7 +135,9 @@ def forecast_table(
         rows, n = max(cut.items())
         each = " of each series" if len(table.histories) > 1 else ""
         notices.append(f"the last {n:,} of {rows:,} rows{each} are used, as many as the model was trained to read")
-    how = {"constrained": constrained, "ledger": default_ledger(base)} | ({"n_samples": samples, "seed": seed} if samples else {})
+    how = {"constrained": constrained, "ledger": default_ledger(base)} | (
+        {"n_samples": samples, "seed": seed} if samples else {}
+    )
     _run(base, jobs, outlooks, steps, how)
     return _finished(table, outlooks, notices)
 

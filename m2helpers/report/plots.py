@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -139,14 +140,14 @@ def plot_own_forecast(forecasts: Forecasts, most: int = 12) -> Figure:
     figure, axes = plt.subplots(
         rows, columns, figsize=(WIDTH, 1.9 * rows + 1.1), squeeze=False, sharex=len({id(o) for o, _ in panels}) == 1
     )
-    for ax, (outlook, column) in zip(axes.flat, panels, strict=False):
+    for number, (ax, (outlook, column)) in enumerate(zip(axes.flat, panels, strict=False)):
         _plot_outlook(ax, outlook, column)
         ax.set_ylabel(table.variables[column])
-        ax.set_xlabel(table.time_name or "step")
         if len(forecasts.outlooks) > 1:
             ax.set_title(f"{table.id_name or 'series'} {outlook.history.name}", loc="left", fontsize="medium")
-        if axes[0, 0].get_shared_x_axes().joined(axes[0, 0], axes[-1, -1]):
-            ax.label_outer()
+        if number + columns >= len(panels):  # the lowest of its column
+            ax.set_xlabel(table.time_name or "step")
+            ax.tick_params(labelbottom=True)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
@@ -171,6 +172,8 @@ def _plot_outlook(ax: Axes, outlook: Outlook, column: int) -> None:
         ax.plot(ahead, whole[0], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
     if outlook.truth is not None:
         ax.plot(ahead, outlook.truth[:, column], "x", ms=5, color=PREDATOR, label="truth, held back")
+    if isinstance(past.index, pd.DatetimeIndex):
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
 
 
 def plot_phase(ax: Axes, values: np.ndarray, **line: Any) -> None:

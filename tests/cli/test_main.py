@@ -143,7 +143,7 @@ def test_the_ledger_shows_what_commands_spent(tiny_folder, data_file, tmp_path, 
     assert main(["train", *model, "--output-dir", str(run), "--data", str(data_file), *settings]) == 0
     assert main(["evaluate", "--run", str(run), "--protocol", "L20", "--data", str(data_file)]) == 0
     np.savetxt(tmp_path / "own.csv", np.abs(np.sin(np.arange(30)))[:, None], delimiter=",")
-    ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
+    ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv"), "--constrained"]
     assert main(["forecast", str(tmp_path / "own.csv"), *model, *ahead]) == 0
     capsys.readouterr()
     files = [tmp_path / "ledger.json", tmp_path / "ledger.csv"]

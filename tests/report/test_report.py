@@ -1,13 +1,19 @@
 """The report's pages and tables come from records, and from nowhere else."""
 
 import json
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
 
 from m2helpers import report
 from m2helpers.evaluation.scores import Result
 from m2helpers.files import UserError
-from m2helpers.report import pages, tables
+from m2helpers.outlooks import Forecasts, Outlook
+from m2helpers.report import pages, plots, tables
+from m2helpers.series import table_of
 
 
 def make_result(mae: float | None, context: int = 128, **changes) -> Result:
@@ -172,3 +178,23 @@ def test_recorded_base_falls_back_to_embedded(tmp_path, monkeypatch):
     (tmp_path / "initial").mkdir()
     (tmp_path / "initial" / "metrics.json").write_text("[]")
     assert report.recorded_base("initial") == "someone/model"
+
+
+@pytest.mark.parametrize("held_back", [False, True])
+def test_a_picture_of_ones_own_forecast_shows_bands_and_truth(held_back):
+    index = pd.date_range("2021-01-01", periods=30)
+    table = table_of(pd.DataFrame({"hare": np.arange(30.0), "lynx": np.arange(30.0)}, index=index.rename("day")))
+    (history,) = table.histories
+    paths = np.arange(11.0)[:, None, None] * np.ones((11, 4, 2))
+    truth = np.full((4, 2), 30.0) if held_back else None
+    outlook = Outlook(history, history.rhythm.ahead(4), paths, truth)
+    figure = plots.plot_own_forecast(Forecasts(table, [outlook, replace(outlook, problem="too short")]))
+    first, second = figure.axes
+    assert (first.get_ylabel(), second.get_ylabel(), second.get_xlabel()) == ("hare", "lynx", "day")
+    labels = first.get_legend_handles_labels()[1]
+    assert labels == ["history", "80 % band", "50 % band", "forecast (median)"] + ["truth, held back"] * held_back
+    middle = next(line for line in first.lines if line.get_label() == "forecast (median)")
+    assert middle.get_ydata().tolist() == [5] * 4
+    band = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1, 9)
+    plt.close(figure)
