@@ -14,6 +14,11 @@ from m2helpers.series import table_of
 from m2helpers.text import Codec
 
 
+@pytest.fixture(autouse=True)
+def no_ledger(monkeypatch):
+    monkeypatch.setattr("m2helpers.outlooks.default_ledger", lambda base: None)
+
+
 @pytest.fixture
 def echo(monkeypatch):
     """A model that writes the last values again; what it was given to read, by call."""
@@ -28,7 +33,6 @@ def echo(monkeypatch):
         (one,) = forecast(base, codec, [values], steps)
         return np.stack([one.values] * n_samples)
 
-    monkeypatch.setattr("m2helpers.outlooks.default_ledger", lambda base: None)
     monkeypatch.setattr(forecasting, "forecast", forecast)
     monkeypatch.setattr(forecasting, "sample_forecasts", sample)
     return read

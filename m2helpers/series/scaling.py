@@ -55,6 +55,7 @@ def fit_scaling(values: np.ndarray) -> Scaling:
 
 def find_spike(values: np.ndarray) -> tuple[int, int, float] | None:
     """A value that would flatten all the others in the text: its row, its column, and how many times their range off it is."""
+    # The nearest values inward, not interpolated: of few values, one spike would stretch the range itself.
     low = np.percentile(values, 5, axis=0, method="higher")  # (variables,)
     high = np.percentile(values, 95, axis=0, method="lower")
     middle, spread = np.median(values, axis=0), high - low

@@ -52,7 +52,7 @@ def test_forecast_is_that_of_peft(adapter, series, tiny_folder, tiny_base, tmp_p
     plain = forecast(base, codec, [VALUES], 3, constrained=True)[0].values
     PeftModel.from_pretrained(base.model, adapter).merge_and_unload()  # changes the layers of base.model in place
     theirs = forecast(base, codec, [VALUES], 3, constrained=True)[0].values
-    np.testing.assert_allclose(pd.read_csv(out)[["variable_0"]], theirs, rtol=1e-8)
+    np.testing.assert_allclose(pd.read_csv(out)[["a"]], theirs, rtol=1e-8)
     assert not np.array_equal(theirs, plain)
 
 
@@ -96,8 +96,8 @@ def test_the_wrong_use_names_the_right_one(adapter, series, tiny_folder, tmp_pat
     names = {"adapter": adapter, "base": tiny_folder}
     command = ["forecast", series, "--steps", "2", "--out", str(tmp_path / "out.csv")]
     assert main([*command, *(option.format(**names) for option in options)]) == 1
-    error = capsys.readouterr().err
-    assert said.format(**names) in error and error.count("\n") == 1 and not (tmp_path / "out.csv").exists()
+    *_, error = capsys.readouterr().err.splitlines()  # what was read of the table comes before it
+    assert said.format(**names) in error and not (tmp_path / "out.csv").exists()
 
 
 def test_an_adapter_is_refused_before_its_base_is_read(adapter, series, tmp_path, capsys):

@@ -153,6 +153,7 @@ def test_read_series_refuses_other_files(tmp_path):
         bz2.compress(PLAIN.encode()),
         lzma.compress(PLAIN.encode()),
     ],
+    ids=map(str, range(19)),  # a compressed file holds the time at which it was made
 )
 def test_one_table_in_many_dresses(content, own):
     table = own(content)
