@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from m2helpers import paths
 from m2helpers.__main__ import main
-from m2helpers.forecasting import forecast
 from m2helpers.ledger import Ledger
+from m2helpers.outlooks import forecast_table
 from m2helpers.runs import load_adapted
+from m2helpers.series import table_of
 from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
-from m2helpers.text import Codec, fit_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 VALUES = np.sin(np.arange(30))[:, None] + 2
@@ -48,10 +48,10 @@ def test_forecast_is_that_of_peft(adapter, series, tiny_folder, tiny_base, tmp_p
     (entry,) = Ledger(tmp_path / "ledger.sqlite").entries()
     assert (entry["run"], entry["stage"]) == ("adapter", "adapter") and len(entry["settings_sha256"]) == 64
 
-    base, codec = tiny_base(), Codec(fit_scale(VALUES))
-    plain = forecast(base, codec, [VALUES], 3, constrained=True)[0].values
+    base, table = tiny_base(), table_of(pd.DataFrame(VALUES, columns=["a"]))
+    (plain,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
     PeftModel.from_pretrained(base.model, adapter).merge_and_unload()  # changes the layers of base.model in place
-    theirs = forecast(base, codec, [VALUES], 3, constrained=True)[0].values
+    (theirs,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
     np.testing.assert_allclose(pd.read_csv(out)[["a"]], theirs, rtol=1e-8)
     assert not np.array_equal(theirs, plain)
 
