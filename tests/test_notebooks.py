@@ -75,7 +75,7 @@ def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, 
 @pytest.mark.slow
 def test_a_changed_record_changes_the_notebook(tmp_path, monkeypatch):
     """On a copy of the project: what notebook 5 says of the initial run is read from the run's record."""
-    for name in ("m2helpers", "data", "notebooks", "checkpoint", "docs/notebook_costs.json"):
+    for name in ("m2helpers", "data", "notebooks", "checkpoint", "pyproject.toml", "docs/notebook_costs.json"):
         copy = shutil.copytree if (notebooks.ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy(notebooks.ROOT / name, tmp_path / name)

@@ -125,10 +125,11 @@ def target(wheel, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_brings_base_data_records_and_types(wheel):
+    about = f"m2helpers-{PROJECT['project']['version']}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        metadata = archive.read("m2helpers-0.1.0.dist-info/METADATA").decode()
-        scripts = archive.read("m2helpers-0.1.0.dist-info/entry_points.txt").decode()
+        metadata = archive.read(f"{about}/METADATA").decode()
+        scripts = archive.read(f"{about}/entry_points.txt").decode()
     shipped = {name.removeprefix("m2helpers/shipped/") for name in names if name.startswith("m2helpers/shipped/")}
     assert {"checkpoint/embedded/base/model.safetensors", "checkpoint/embedded/base/tokenizer.json"} <= shipped
     assert {"data/lotka_volterra_data.h5", "checkpoint/embedded/ledger.csv", "docs/benchmarks.json"} <= shipped
@@ -178,7 +179,7 @@ def _files(folder):
 def test_every_command_works_in_an_empty_folder(m2, target, tmp_path):
     before = _files(target)
     brief = "--max-steps 1 --batch-size 1 --max-length 64 --eval-windows 1"
-    (tmp_path / "empty" / "own.csv").write_text("".join(f"{2 + x % 3},{1 + x % 2}\n" for x in range(30)))
+    (tmp_path / "empty" / "own.csv").write_text("a,b\n" + "".join(f"{2 + x % 3},{1 + x % 2}\n" for x in range(30)))
     done = m2(
         _commands(
             "simulate --out small.h5 --systems 10",
