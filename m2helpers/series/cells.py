@@ -163,7 +163,7 @@ def _unreadable(path: Path, reason: str) -> str:
 def _split(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]]]:
     """Cells of each row, and the line on which it begins, counted from 0."""
     if separator == " ":
-        return [(number, line.split()) for number, line in enumerate(lines)]
+        return [(number, re.findall(r"[^ \t]+", line)) for number, line in enumerate(lines)]  # no hard space: thousands
     reader, rows, begins = (
         csv.reader([line + "\n" for line in lines], delimiter=separator, skipinitialspace=True),
         [],
@@ -193,20 +193,25 @@ def _rows(path: Path, lines: Sequence[str], first: int, separator: str) -> list[
     if not rows:
         return []
     width, rest = len(rows[0][1]), [len(cells) for _, cells in rows[1:] if any(cells)]
-    if separator == "," and width == 1 and rest and set(rest) == {2}:  # one column of decimal commas under its name
+    halves = [cell for _, cells in rows[1:] for cell in cells]
+    if separator == "," and width == 1 and set(rest) == {2} and all(re.fullmatch(r"[+-]?\d+", half) for half in halves):
+        # one column of decimal commas under its name
         return [(line, [",".join(cells)]) for line, cells in rows]
     if separator in " \t" and rest and mode(rest) == width + 1 and not any(map(_NUMBER.fullmatch, rows[0][1])):
+        if len({cells[0] for _, cells in rows[1:] if cells}) < len(rest):
+            raise UserError(_unreadable(path, f"Expected {width} fields in line {rows[1][0]}, saw {width + 1}"))
         rows[0][1].insert(0, "")  # as R writes row names
         width += 1
     for line, cells in rows:
         if any(cells[width:]):
-            hint = "; if its commas are decimal, separate the columns by ;" if separator == "," else ""
+            hint = "; delete lines above the names of columns" if width == 1 else ""
+            hint = hint or ("; if its commas are decimal, separate the columns by ;" if separator == "," else "")
             raise UserError(_unreadable(path, f"Expected {width} fields in line {line}, saw {len(cells)}{hint}"))
     return [(line, (cells + [""] * width)[:width]) for line, cells in rows]
 
 
 def _unique(path: Path, names: Sequence[str]) -> list[str]:
-    names = ["" if re.fullmatch(r"Unnamed: \d+", name) else name for name in names]
+    names = ["" if re.fullmatch(r"Unnamed: \d+", name) else " ".join(name.split()) for name in names]
     for name in names:
         if name and names.count(name) > 1:
             raise UserError(f"{path}: two columns are named {name!r}; rename one")

@@ -62,6 +62,7 @@ def assign(grid: Grid, time: str | None, columns: Sequence[str] | None, id: str 
         if re.fullmatch(r"|variable_\d+", name) and not _filled(grid, name).any():
             free.remove(name)
             notes.append("a column without a name or a value left out")
+    unsaid = [name for name in free if not _ID.fullmatch(name)]  # what they are is neither said nor their name
     if id is None:
         id = _find_id(grid, free, columns)
     labels, series = _labels(grid, id)
@@ -76,6 +77,14 @@ def assign(grid: Grid, time: str | None, columns: Sequence[str] | None, id: str 
         time, times = _find_time(grid, free, labels, columns, notes)
     if id is None and times is not None and times.index.duplicated().any():
         id = _find_number_id(grid, [name for name in free if name != time], times)
+        labels, series = _labels(grid, id)
+    if id in unsaid and not _tells_apart(labels, times):
+        if columns is None:
+            raise UserError(
+                f"{grid.source}: column {id} ({grid.frame[id].iloc[0]!r}, ...) may name several series, or say something of each "
+                f"row; give --id {id}, or name the columns to forecast with --columns"
+            )
+        free, id = [*free, id], None
         labels, series = _labels(grid, id)
     left = [name for name in free if name not in (id, time)]
     if columns is None:
@@ -144,6 +153,13 @@ def _find_number_id(grid: Grid, free: Sequence[str], times: Times) -> str | None
     return found[0] if len(found) == 1 else None
 
 
+def _tells_apart(labels: np.ndarray, times: Times | None) -> bool:
+    """Whether repeated names are those of series: they share times, or stand one below the other; the weather's do not."""
+    if labels.max(initial=0) == 0:
+        return True
+    return times.index.has_duplicates if times is not None else np.count_nonzero(np.diff(labels)) == labels.max()
+
+
 def _labels(grid: Grid, id: str | None) -> tuple[np.ndarray, list[object]]:
     if id is None:
         return np.zeros(len(grid.frame), int), [0]
@@ -171,7 +187,7 @@ def _find_time(
         dated = times is not None and isinstance(times.index, pd.DatetimeIndex)
         if times is not None and (dated or word in _TIME):
             found[name] = times
-        elif times is not None and _rises(times, labels):
+        elif times is not None and _rises(times, labels, evenly=not word):
             counters[name] = times
         elif times is None and name == free[0] and columns is None and _counts_up(grid, name) and len(free) > 1:
             numbers = grid.numbers(name)
@@ -203,9 +219,11 @@ def _find_time(
     return name, times
 
 
-def _rises(times: Times, labels: np.ndarray) -> bool:
+def _rises(times: Times, labels: np.ndarray, evenly: bool) -> bool:
     """Whether numbers never fall within a series: uneven ones among them are refused later, not taken for a variable."""
     parts = [times.index[labels == label] for label in np.unique(labels)]
+    if evenly:
+        return all(find_rhythm(part) is not None for part in parts if len(part) > 1)
     return all(part.is_monotonic_increasing and part[-1] > part[0] for part in parts if len(part) > 1)
 
 
@@ -217,15 +235,19 @@ def _counts_up(grid: Grid, name: str) -> bool:
 
 def _variables(grid: Grid, left: Sequence[str], time: str | None, notes: list[str]) -> list[str]:
     """What is left, but for numbers of rows beside a time."""
-    variables = []
+    variables: list[str] = []
     for name in left:
         word = name.strip().casefold()
         if word in _TIME:
             raise UserError(
                 f"{grid.source}: column {name} may be a time too; name the columns to forecast with --columns"
             )
-        if word in _COUNTER | {""} and time is not None and _counts_up(grid, name):
+        if word in _COUNTER | {""} and time is not None and _counts_up(grid, name) and len(left) > 1:
             notes.append(f"{name or 'row numbers'} left out: it counts the rows")
+        elif not word:
+            raise UserError(
+                f"{grid.source}: the first column has values and no name; name it, or name others with --columns"
+            )
         else:
             variables.append(name)
             if word == "t":

@@ -80,10 +80,10 @@ def read_times(column: pd.Series, groups: np.ndarray, *, named: bool, where: str
     even = [reading for reading in readings if _is_even(reading.index, groups)]
     if not even and len(readings) == 1 and isinstance(readings[0].index, pd.DatetimeIndex):
         even = list(_with_clock_changes(readings[0], groups))
-    spelt = {reading.about for reading in even or readings}
-    if len(spelt) > 1:
-        raise UserError(f"{where}: {column.iloc[0]!r} may be {' or '.join(sorted(spelt))}; write dates as 2021-12-31")
     found = even or readings
+    spelt = {reading.about for reading in found}
+    if len(spelt) > 1 and not all(reading.index.equals(found[0].index) for reading in found):
+        raise UserError(f"{where}: {column.iloc[0]!r} may be {' or '.join(sorted(spelt))}; write dates as 2021-12-31")
     return found[0] if found else None
 
 
@@ -98,9 +98,9 @@ def find_rhythm(index: pd.Index) -> Rhythm | None:
         return None
     if not isinstance(index, pd.DatetimeIndex):
         gaps, usual = _gaps(index)
-        if not (np.abs(gaps - usual) <= EVEN * usual).all() or usual <= 0:
-            return None
         step = (index[-1] - index[0]) / (len(index) - 1)
+        if usual <= 0 or not (np.abs(gaps - usual) <= max(EVEN * usual, _rounding(index, step))).all():
+            return None
         yearly = step == 1 and index[0] >= 1000 and index[-1] <= 2999
         ahead = lambda n: pd.Index(index[-1] + step * np.arange(1.0, n + 1))  # noqa: E731
         return Rhythm("yearly" if yearly else f"every {step:g}", ahead)
@@ -284,6 +284,13 @@ def _frequency(index: pd.DatetimeIndex) -> Rhythm | None:
     name = pd.tseries.frequencies.to_offset(frequency).freqstr
     name = "business days" if name == "B" else f"frequency {name}"
     return Rhythm(name, lambda n: pd.date_range(index[-1], periods=n + 1, freq=frequency)[1:])
+
+
+def _rounding(index: pd.Index, step: float) -> float:
+    """How far steps may differ by rounding alone: years written as 1900.083, 1900.167; 0 where that says nothing."""
+    values = index.to_numpy(np.float64)
+    unit = next((10.0**-k for k in range(1, 7) if (np.abs(values - values.round(k)) < 1e-9).all()), 0.0)
+    return 1.01 * unit if unit < 0.02 * step else 0.0
 
 
 def _gaps(index: pd.Index) -> tuple[np.ndarray, float]:

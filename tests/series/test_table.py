@@ -200,6 +200,9 @@ def test_a_name_tells_decimal_commas_from_columns(own):
         ("a;b\n1.234,5;2\n2,5;3\n", "line 2, column a is '1.234,5'; write numbers without separators of thousands"),
         ("a;b\n1,234,567;2\n2;3\n", "line 2, column a is '1,234,567'; write numbers without"),
         ("a;b\n1,234;2\n5,678;3\n", "line 2, column a is '1,234': thousands or a decimal comma.* --decimal"),
+        ("a\n1\u00a0000\n1\u00a0100\n", r"line 2, column a is '1\\xa0000', neither a number"),
+        ("a\n1 000\n1 100\n1 300\n1 500\n", "Expected 1 fields in line 2, saw 2"),
+        ("Pelts\nYear,Hare\n1900,30\n1901,47\n", "Expected 1 fields in line 2, saw 2; delete lines above the names"),
         ("a;b\n1,25;2.5\n5,5;3.1\n", "line 2, column a is '1,25', and '2.5' has a point"),
     ],
 )
@@ -294,6 +297,13 @@ def test_numbers_of_rows_are_no_variable(own):
         ("date,year,a", (DAYS, [2021] * 6, A), "columns date and year may each be the time"),
         ("year,month,a", ([2021] * 6, range(1, 7), A), "year and month together are the time"),
         ("site,species,a", ("AABBCC", "xyxyxy", A), "columns site and species may each name the series.*--id"),
+        (
+            "date,sky,a",
+            (DAYS, ["sun", "rain"] * 3, A),
+            "column sky .'sun', .... may name several series, or say something of each",
+        ),
+        ("flag,a", (["True", "False"] * 3, A), "column flag .* may name several series, or say something of each"),
+        (",a,b", (A, A, B), "the first column has values and no name; name it"),
         ("note,a", ("uvwxyz", A), "line 2, column note is 'u', neither a number nor a date.*--columns"),
         ("time,a", ([*DAYS[:5], "soon"], A), "line 7, column time is 'soon', not a time"),
         ("time,a", ([*range(5), "soon"], A), "line 7, column time is 'soon', not a time"),
@@ -307,6 +317,19 @@ def test_numbers_of_rows_are_no_variable(own):
 def test_doubtful_roles_are_refused(header, columns, message, own):
     with pytest.raises(UserError, match=message):
         own(_columns(*columns, header=header))
+
+
+def test_what_is_said_of_rows_can_be_left_out(own):
+    text = _columns(DAYS, ["sun", "rain"] * 3, A, header="date,sky,a")
+    table = own(text, columns=["a"])
+    assert (table.variables, table.id_name, table.time_name) == (
+        ("a",),
+        None,
+        "date",
+    ) and "left out: sky" in table.notice
+    assert own("a\n1\n", columns=["a"]).variables == ("a",)
+    counted = own(_columns(DAYS, range(100, 106), header="date,index"))
+    assert counted.variables == ("index",)  # there is nothing else
 
 
 def test_columns_can_be_said(own):
