@@ -19,6 +19,7 @@ def _notebook(path, *sources):
     return path
 
 
+@pytest.mark.slow
 def test_copy_has_outputs_and_nothing_that_varies(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("M2_MODEL", "passed through")
     monkeypatch.setenv("OMP_WAIT_POLICY", "as here")
