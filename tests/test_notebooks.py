@@ -56,24 +56,6 @@ def test_dead_kernel_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", notebooks.find_notebooks(), ids=lambda path: path.stem)
-def test_every_notebook_executes_with_another_base(path, tiny_folder, tmp_path, monkeypatch):
-    """A folder with random weights: the notebooks that need finished runs show the embedded base's, and say so."""
-    monkeypatch.setenv("M2_MODEL", str(tiny_folder))
-    monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
-    notebook, _, _ = notebooks.execute(path)
-    printed = "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output["output_type"] == "stream"
-    )
-    assert "tiny" in printed
-    if path.stem[0] in "567":
-        assert "this page shows th" in printed and "embedded" in printed
-
-
-@pytest.mark.slow
 def test_a_changed_record_changes_the_notebook(tmp_path, monkeypatch):
     """On a copy of the project: what notebook 5 says of the initial run is read from the run's record."""
     for name in ("m2helpers", "data", "notebooks", "checkpoint", "pyproject.toml", "docs/notebook_costs.json"):
