@@ -1,3 +1,4 @@
+from .distribution import Distribution as Distribution
 from .generation import Forecast as Forecast
 from .generation import Generated as Generated
 from .generation import Options as Options
