@@ -99,8 +99,9 @@ def next_step(
     ledger = ledger or default_ledger(base)
     with ledger.reserve(spender_of(base), generate=grove.most()) as grove.account.bill, attend_lean(base.model):
         grove.step(temperature, last=True)
-    forest = grove.forest
-    return NextStep(forest.cells * codec.resolution, forest.weight * (1 - grove.pruned[0]), float(grove.pruned[0]))
+    cells, place = np.unique(grove.forest.cells, axis=0, return_inverse=True)  # -0.00 is 0.00
+    probabilities = np.bincount(place.ravel(), grove.forest.weight) * (1 - grove.pruned[0])
+    return NextStep(cells / 10**codec.precision / codec.scale, probabilities, float(grove.pruned[0]))
 
 
 @torch.inference_mode()
@@ -214,9 +215,11 @@ class _Grove:
 
     def most(self) -> Cost:
         """The most that the next step can cost."""
-        own = self.forest.reader.own if self.marginals[0] else 0
-        n = self.grammar.n_variables
-        return self.account.most(len(self.contexts), own, n, self.longest, self.cutoff)
+        own, paths = (self.forest.reader.own, len(self.forest.weight)) if self.marginals[0] else (0, len(self.contexts))
+        codec, n = self.grammar.codec, self.grammar.n_variables
+        numbers = 2 * 10 ** (codec.max_integer_digits + codec.precision)
+        beginnings = min(len(self.contexts) * int(1 / self.cutoff + 1), paths * numbers**n)
+        return self.account.most(len(self.contexts), own, beginnings, self.longest * n)
 
     def step(
         self, temperature: float, n_paths: int | None = None, uniform: np.ndarray | None = None, last: bool = False

@@ -118,15 +118,15 @@ class Account:
             self._costs[tokens] = continuation_cost(self.config, self.prompt, tokens, self.adapted)
         return self._costs[tokens]
 
-    def most(self, contexts: int, own: int, numbers: int, longest: int, cutoff: float) -> Cost:
-        """The most that so many numbers of each context can cost after so many tokens: of a level, 1 / cutoff beginnings at most.
+    def most(self, contexts: int, own: int, beginnings: int, characters: int) -> Cost:
+        """The most that a step can cost after so many tokens, if of every character of it so many beginnings are grown.
 
-        Each is read once as it grows, one token or two a level, and once more as it is followed.
+        Each is read once as it grows, one token or two a character, and once more as it is followed.
         """
-        end = own + longest * numbers
+        end = own + characters
         token = self._upto(end) - self._upto(end - 1)
         prompts = generation_cost(self.config, 1, self.prompt, 1, self.adapted)
-        return (prompts + token * (int(1 / cutoff + 1) * 3 * longest * numbers)) * contexts
+        return prompts * contexts + token * (beginnings * 3 * characters)
 
     def prompts(self, n: int) -> None:
         """Charge reading so many contexts."""
