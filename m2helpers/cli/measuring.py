@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..paths import DATA_FILE
 from ..settings import default_model
 from .options import Adapter, BaseOrRun, DataFile, Flag, OptionalFile, RunOrBase, load_target
@@ -43,6 +43,8 @@ class Evaluate:
         from ..report.tables import results_table
         from ..text import Codec, fit_scale
 
+        if self.json:
+            check_writable(self.json)
         dataset = load_dataset(self.data)
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..files import check_writable
 from ..paths import BENCHMARKS, DATA_FILE
 from .options import DataFile
 
@@ -28,6 +29,7 @@ class Bench:
         from ..data import load_dataset
         from ..experiments.bench import run_benchmark
 
+        check_writable(self.json)
         entry = run_benchmark(self.name, load_dataset(self.data), self.json)
         print(entry["about"], entry["machine"], sep="\n")
         print(pd.DataFrame(entry["rows"]).drop(columns="times").to_string(index=False, float_format="{:.4g}".format))
