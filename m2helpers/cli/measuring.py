@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -39,6 +39,7 @@ class Evaluate:
         from ..evaluation.measure import evaluate, evaluate_baselines
         from ..evaluation.protocols import P5_CONTEXTS, PROTOCOLS
         from ..evaluation.scores import Result, to_json
+        from ..experiments.timing import machine
         from ..paths import BASELINE_CACHE
         from ..report.tables import results_table
         from ..text import Codec, fit_scale
@@ -64,7 +65,7 @@ class Evaluate:
                 constrained=constrained,
             )
         if self.json:  # before the baselines: a fit that is stopped loses no measurement
-            write_json(self.json, to_json(ours))
+            write_json(self.json, to_json([replace(row, machine=machine()) for row in ours]))
         for protocol in protocols:
             for row in evaluate_baselines(
                 dataset, codec, protocol, split=self.split, contexts=contexts, cache=BASELINE_CACHE

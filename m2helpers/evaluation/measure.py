@@ -88,9 +88,10 @@ def evaluate_baselines(
     contexts: Sequence[int] = P5_CONTEXTS,
     cache: Path,
 ) -> list[Result]:
-    """The baselines on the same windows: last value, vector autoregression, and the ODE fit.
+    """`BASELINES` on the same windows.
 
-    They see the whole steps of each context as numbers, read from its text. Forecasts are cached under the data's hash.
+    They see the whole steps of each context as numbers, read from its text. Where the truth is text (P5) their forecasts are
+    rounded as a model's are, and the errors of the forecast as computed stand beside those. Forecasts are cached under the data's hash.
     """
     dt = float(dataset.time[1] - dataset.time[0])
     results = []
@@ -102,8 +103,16 @@ def evaluate_baselines(
         forecasts = run_baselines(list(zip(known, steps, strict=True)), dt, cache, key, progress=True)
         for name in BASELINES:
             kept = [f[case.skip :] for f, case in zip(forecasts[name], windows.cases, strict=True)]
-            results.append(windows.result(kept, _Forecaster(name)))
+            results.append(windows.result(kept, _Forecaster(name), computed=True))
     return results
+
+
+def rounding_cost(dataset: Dataset, codec: Codec, split: str = "test") -> list[Result]:
+    """What text alone costs in P5: the exact future, written as text, against the series as stored (`Result.against_stored`)."""
+    return [
+        windows.result([case.truth for case in windows.cases], _Forecaster("the future itself, as text"))
+        for windows in _windows(dataset, codec, "P5", split, P5_CONTEXTS)
+    ]
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,17 @@ class _Windows:
     def n_variables(self) -> int:
         return self.cases[0].truth.shape[1]
 
-    def result(self, forecasts: Sequence[np.ndarray], by: _Forecaster, flops: int = 0, seconds: float = 0.0) -> Result:
-        """What forecasts of these windows are worth."""
-        scores = score(self.cases, forecasts)
+    def result(
+        self,
+        forecasts: Sequence[np.ndarray],
+        by: _Forecaster,
+        flops: int = 0,
+        seconds: float = 0.0,
+        computed: bool = False,
+    ) -> Result:
+        """What forecasts of these windows are worth; `computed` ones are numbers, and not read from text."""
+        text = any(case.unrounded is not None for case in self.cases)  # the truth is
+        scores = score(self.cases, [self.codec.rounded(f) for f in forecasts] if text and computed else forecasts)
         return Result(
             protocol=self.protocol,
             split=self.split,
@@ -159,6 +176,8 @@ class _Windows:
             series=scores.series,
             base_sha256=by.base_sha256,
             constrained=by.constrained,
+            against_stored=score(self.cases, forecasts, stored=True).errors if text else None,
+            as_computed=score(self.cases, forecasts).errors if text and computed else None,
         )
 
 

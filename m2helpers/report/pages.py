@@ -13,7 +13,8 @@ from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
 from ..paths import ROOT, SHIPPED_BENCHMARKS, checkpoint_folder
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
-from .tables import headline_table
+from .headline import headline_table
+from .terms import beside_the_law, duels_table, terms_table
 
 
 def pretraining_summary(base: str = "embedded") -> str:
@@ -82,6 +83,9 @@ def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
         "results": headline_table(),
+        "terms": terms_table(),
+        "duels": duels_table(),
+        "law": beside_the_law(),
         "pretraining": pretraining_summary(),
         "seeds": seeds_table(),
         "sweeps": sweeps_table(),
