@@ -29,6 +29,7 @@ from .tables import published_table as published_table
 from .tables import recorded_base as recorded_base
 from .tables import results_table as results_table
 from .tables import side_by_side as side_by_side
+from .tables import stage_label as stage_label
 from .tables import stage_results as stage_results
 from .tables import verdict as verdict
 from .terms import beside_the_law as beside_the_law

@@ -210,7 +210,7 @@ def plot_horizons(panels: Mapping[str, Mapping[str, Result]]) -> Figure:
         ax.set_title(title, loc="left", fontsize="medium")
         ax.label_outer()
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, fontsize="small")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5, fontsize="small")
     return figure
 
 

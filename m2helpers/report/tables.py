@@ -12,7 +12,7 @@ import pandas as pd
 from ..data import Dataset, load_dataset
 from ..evaluation.measure import evaluate_baselines
 from ..evaluation.scores import Result, from_json, paired_change
-from ..experiments.planning import stage_label
+from ..experiments.planning import stage_label as stage_label
 from ..files import UserError, read_json
 from ..paths import BASELINE_CACHE, DATA_FILE, checkpoint_folder
 from ..settings import EMBEDDED, default_model
@@ -210,8 +210,8 @@ def published_table(stages: Sequence[str] = tuple(PUBLISHED)) -> str:
         cells = [f"*{mae:.4f}; {mse:.3g}*" for mae, mse in PUBLISHED[stage].values()]
         lines.append(f"| *{stage_label(stage)}* | {' | '.join(cells)} |")
     said = (
-        "Measured by others on the course's own data file and **not run here**: figures as printed in the README of "
-        f"[{PUBLISHED_TITLE}]({PUBLISHED_LINK})."
+        "Measured by others on the course's own data file and **not run here**: figures as printed in the README of the write-up whose runs are "
+        f"logged as [{PUBLISHED_TITLE}]({PUBLISHED_LINK})."
     )
     return "\n".join([said, "", *lines])
 
