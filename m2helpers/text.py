@@ -79,6 +79,11 @@ class Codec:
         """Every character that encoded text can hold."""
         return "0123456789.-" + self.variable_separator + self.step_separator
 
+    @property
+    def resolution(self) -> float:
+        """How far apart two neighbouring numbers of the text are, in the units of the series."""
+        return 10.0**-self.precision / self.scale
+
     def shortest_step(self, n_variables: int) -> int:
         """Characters in the shortest possible step: 10 for two variables at precision 2 (``0.00,0.00;``)."""
         return n_variables * (2 + (self.precision + 1 if self.precision else 0))

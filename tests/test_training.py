@@ -337,7 +337,7 @@ def ledger(tmp_path, monkeypatch):
 
     def use(cap=CAP):
         opened = Ledger(tmp_path / "ledger.sqlite", cap)
-        for module in ("training", "forecasting"):
+        for module in ("training", "forecasting.generation"):
             monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: opened)
         return opened
 

@@ -228,7 +228,7 @@ def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch)
     def none(base):
         raise AssertionError("the base's own ledger was asked for")
 
-    for module in ("training", "forecasting"):
+    for module in ("training", "forecasting.generation"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", none)
     ledger = Ledger(tmp_path / "own.sqlite")
     run(replace(PLAN, contexts=(32,)), stages=["untrained", "context"], ledger=ledger)
@@ -251,7 +251,7 @@ def test_one_sweep_alone(run, tmp_path):
 
 def test_a_plan_measures_what_it_says_and_names_its_stages(run, tmp_path, small_data, monkeypatch):
     ledger, seen, measure = Ledger(tmp_path / "ledger.sqlite"), [], experiments.evaluate
-    for module in ("training", "forecasting", "evaluation.measure"):
+    for module in ("training", "forecasting.generation", "evaluation.measure"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: ledger)
     monkeypatch.setattr(experiments, "SWEEP_SERIES", 0)  # noted, not passed on: no series would be refused
     monkeypatch.setattr(

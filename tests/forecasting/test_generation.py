@@ -7,11 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from m2helpers import forecasting
 from m2helpers.files import UserError
 from m2helpers.flops.account import generation_flops
 from m2helpers.flops.costs import Cost
-from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
+from m2helpers.forecasting import Generated, decoding, forecast, generate, generation, sample_forecasts
 from m2helpers.ledger import default_ledger
 from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
@@ -73,7 +72,7 @@ def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
 def test_a_batch_of_a_model_with_absolute_positions_is_as_alone(base, monkeypatch):
     """GPT-2 learns a vector for each position, so padding must not move a token to another one."""
     monkeypatch.setattr(
-        "m2helpers.forecasting.generation_cost", lambda *_, **options: Cost()
+        "m2helpers.forecasting.generation.generation_cost", lambda *_, **options: Cost()
     )  # slow to count, and not asked here
     _bias(base, 26, 0)
     torch.manual_seed(0)
@@ -149,7 +148,7 @@ def test_a_forecast_has_the_steps_that_parse_and_no_more(base, monkeypatch):
     def fake(base, codec, contexts, *_, **__):
         return [Generated(text, 7) for text in texts[: len(contexts)]]
 
-    monkeypatch.setattr("m2helpers.forecasting.generate", fake)
+    monkeypatch.setattr("m2helpers.forecasting.generation.generate", fake)
     whole, cut, nothing, long = forecast(base, Codec(2.0), [np.ones((3, 2))] * 4, 2)
     np.testing.assert_allclose(whole.values, [[0.5, 1.0], [1.5, 2.0]])
     assert [f.valid for f in (whole, cut, nothing, long)] == [True, False, False, True]
@@ -175,8 +174,8 @@ def test_flops_are_those_of_a_prefill_and_single_tokens(base):
 def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     """Forced tokens join a pass, and rows without one are padded: what is billed is what the passes read."""
     read, config = [], base.model.config
-    wanted = forecasting._read
-    monkeypatch.setattr(forecasting, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    wanted = decoding._read
+    monkeypatch.setattr(decoding, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
     written = generate(base, CODEC, CONTEXTS, 2, 2, constrained=True, temperature=1.0)
     prompt = max(map(len, CONTEXTS))
     assert sum(rows for rows, new in read if new == prompt) == len(CONTEXTS)  # prompts, a few rows at a time
@@ -200,7 +199,7 @@ def test_decoding_that_is_stopped_is_billed_in_full(base, monkeypatch):
         raise KeyboardInterrupt
 
     before = default_ledger(base).spent()
-    monkeypatch.setattr(forecasting, "_continue", stopped)
+    monkeypatch.setattr(generation, "continue_prompts", stopped)
     with pytest.raises(KeyboardInterrupt):
         generate(base, CODEC, CONTEXTS[:1], 2, 2)
     (entry,) = default_ledger(base).entries()[-1:]
@@ -230,7 +229,7 @@ def test_samples_follow_the_seed(base):
 
 def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
     texts = ["1.00,2.00;", "1.00;", "3.00,4.00;"]
-    monkeypatch.setattr("m2helpers.forecasting.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
+    monkeypatch.setattr("m2helpers.forecasting.generation.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
     drawn = sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
     np.testing.assert_array_equal(drawn, [[[1, 2]], [[3, 4]]])
     texts[:] = ["x", "", ";"]
