@@ -29,6 +29,44 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class DistributionScores:
+    """What forecasts are worth that are distributions, against the series as stored, over the windows that have one at every step.
+
+    Intervals are those of `bootstrap`, low and high.
+    """
+
+    samples: int
+    """Paths drawn for each window."""
+    n: int
+    n_valid: int
+    crps: float
+    """Continuous ranked probability score, mean over windows, steps and variables, in the units of the series."""
+    ci_crps: list[float]
+    crps_per_step: list[float]
+    wql: float
+    """Weighted quantile loss: twice the pinball losses at the nine deciles, over the sum of the truth's absolute values."""
+    ci_wql: list[float]
+    coverage_80: float
+    """The share of the truth between the 10 % and 90 % quantiles."""
+    ci_coverage_80: list[float]
+    coverage_80_per_step: list[float]
+    width_80: float
+    """Mean distance of those quantiles, in the units of the series."""
+    width_80_per_step: list[float]
+    mae_median: float
+    """Mean absolute error of the medians."""
+    ci_mae_median: list[float]
+    mase_median: float | None
+    """The same, each window's error over the mean step of its context; None where no context moves."""
+    pit: list[float]
+    """Shares of the truth as text in ten equal parts of the probability integral transform; 0.1 each where the distributions are right."""
+    window_crps: list[float | None]
+    series: list[int]
+    spread: list[float] | None = None
+    """By step ahead, how far the distributions were stretched about their medians; None where they are as drawn."""
+
+
+@dataclass(frozen=True)
 class Result:
     """One row of a table: one model, one protocol, one context length.
 
@@ -71,6 +109,10 @@ class Result:
     """P5: against the series as stored, not as text; a model's forecast as it wrote it, a baseline's as it was computed."""
     as_computed: Errors | None = None
     """P5, baselines: of the forecast as it was computed, not rounded like the truth that it is compared with."""
+    distribution: DistributionScores | None = None
+    """Of sampled forecasts, as they were drawn."""
+    calibrated: DistributionScores | None = None
+    """Of the same, stretched as validation series asked for (`spread.spread_factors`)."""
     machine: str | None = None
     """What it was measured on."""
 
@@ -211,15 +253,21 @@ def origins(rows: Sequence[dict]) -> set[tuple[str, str]]:
     return {(row["data_sha256"], row["base_sha256"]) for row in rows}
 
 
-_ERRORS = ("against_stored", "as_computed")
-_OPTIONAL = (*_ERRORS, "machine")  # what older records do not have
+_PARTS: dict[str, type] = {
+    "against_stored": Errors,
+    "as_computed": Errors,
+    "distribution": DistributionScores,
+    "calibrated": DistributionScores,
+}
+LATER = (*_PARTS, "machine")
+"""Fields of a `Result` that older records do not have."""
 
 
 def to_json(results: Sequence[Result]) -> list[dict]:
     """Results as the JSON that ``evaluate --json`` and ``metrics.json`` hold."""
-    return [{k: v for k, v in asdict(r).items() if v is not None or k not in _OPTIONAL} for r in results]
+    return [{k: v for k, v in asdict(r).items() if v is not None or k not in LATER} for r in results]
 
 
 def from_json(rows: Sequence[dict]) -> list[Result]:
     """The results in a ``metrics.json``."""
-    return [Result(**row | {k: Errors(**v) for k, v in row.items() if v and k in _ERRORS}) for row in rows]
+    return [Result(**row | {k: _PARTS[k](**v) for k, v in row.items() if v and k in _PARTS}) for row in rows]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..data import Dataset, load_dataset
 from ..evaluation.measure import evaluate_baselines
-from ..evaluation.scores import Result, from_json, paired_change
+from ..evaluation.scores import LATER, Result, from_json, paired_change
 from ..experiments.planning import stage_label as stage_label
 from ..files import UserError, read_json
 from ..paths import BASELINE_CACHE, DATA_FILE, checkpoint_folder
@@ -86,8 +86,9 @@ def _completed(row: Result, again: Sequence[Result]) -> Result:
     """A recorded row with the scores of a second measurement that it has none of; its own figures stay."""
     about = ("context", "precision", "series", "data_sha256", "base_sha256")
     for other in again:
-        if row.against_stored is None and all(getattr(row, name) == getattr(other, name) for name in about):
-            return replace(row, against_stored=other.against_stored, machine=other.machine)
+        if all(getattr(row, name) == getattr(other, name) for name in about):
+            missing = {name: getattr(other, name) for name in LATER if getattr(row, name) is None}
+            return replace(row, **missing)
     return row
 
 
