@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Cache, PreTrainedModel
 
-from ..engine.kvcache import joined, make_cache, rows_at_once
 from ..files import UserError
 from ..models import Base
-from ..text import Grammar, left_pad, numeric_tokens
+from ..text import Grammar, numeric_tokens
+from .reading import Reader
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class End:
     """Tokens after which it stops without them."""
 
 
-Choose = Callable[[torch.Tensor], torch.Tensor]
-"""Logits (batch, choices) → the choice of each row, (batch,)."""
+Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""Logits (rows, choices), and which rows of the batch they are → the choice of each, (rows,)."""
 
 
 class Rules:
@@ -50,43 +51,31 @@ class Rules:
 
 
 class _Batch:
-    """Rows while they are continued: what each has written, and the cache of those that are not done."""
+    """Rows while they are continued: what each has written, and the reader of those that are not done."""
 
     def __init__(self, base: Base, prompts: list[np.ndarray], end: End) -> None:
-        self.model, self.pad_id, self.end = base.model, base.pad_id, end
-        device = base.model.device
-        ids, self.mask = (torch.from_numpy(a).to(device) for a in left_pad(prompts, base.pad_id))  # (batch, length)
-        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (batch, length): padding does not count
+        self.model, self.end, self.reader = base.model, end, Reader(base, prompts)
         self.written: list[list[int]] = [[] for _ in prompts]
         self.read = [0] * len(prompts)  # tokens, padding too, after the prompt
         self.left = [end.n_separators] * len(prompts)  # separators still to write
         self.alive = list(range(len(prompts)))  # rows that are not done
-        self.hidden, self.cache = _prefill(base.model, ids, self.mask, self.positions)  # (alive, hidden)
 
     def write(self, new: list[list[int]]) -> None:
-        """Add the tokens chosen for each row alive; those that are done leave, and the others' tokens are read.
-
-        Where one row has more new tokens than another, the other's are padded on the left and masked like the prompts.
-        """
+        """Add the tokens chosen for each row alive; those that are done leave, and the others' tokens are read."""
         for row, tokens in zip(self.alive, new, strict=True):
             self.written[row] += tokens
             self.left[row] -= tokens.count(self.end.separator)
         most = self.end.max_new_tokens
         keep = [i for i, row in enumerate(self.alive) if self.left[row] and len(self.written[row]) < most]
-        device, before = self.mask.device, len(self.alive)
+        before = len(self.alive)
         self.alive, new = [self.alive[i] for i in keep], [new[i] for i in keep]
         if not keep:
             return
         if len(keep) < before:
-            self.cache.batch_select_indices(torch.tensor(keep, device=device))
-            self.mask, self.positions = self.mask[keep], self.positions[keep]
-        padded = left_pad([np.array(tokens) for tokens in new], self.pad_id)
-        ids, new_mask = (torch.from_numpy(a).to(device) for a in padded)  # (alive, most new tokens)
+            self.reader.select(keep)
+        n = self.reader.read(new)
         for row in self.alive:
-            self.read[row] += ids.shape[1]
-        self.positions = self.positions[:, -1:] + new_mask.cumsum(1)
-        self.mask = torch.cat([self.mask, new_mask], dim=1)
-        self.hidden = _read(self.model, self.cache, ids, self.mask, self.positions)
+            self.read[row] += n
 
 
 def continue_prompts(
@@ -113,15 +102,15 @@ def _write_freely(batch: _Batch, choose: Choose) -> None:
     """One token a pass, any of the vocabulary."""
     head = batch.model.get_output_embeddings()
     while batch.alive:
-        batch.write([[token] for token in choose(head(batch.hidden)).tolist()])
+        batch.write([[token] for token in choose(head(batch.reader.hidden), batch.alive).tolist()])
 
 
 def _write_by_rules(batch: _Batch, choose: Choose, rules: Rules, states: list[int]) -> None:
     """Only tokens that may stand; where one alone may, it joins the token before it in the same forward pass."""
     while batch.alive:
-        logits = rules.score(batch.hidden, [states[row] for row in batch.alive])  # (alive, characters)
+        logits = rules.score(batch.reader.hidden, [states[row] for row in batch.alive])  # (alive, characters)
         new: list[list[int]] = []
-        for row, choice in zip(batch.alive, choose(logits).tolist(), strict=True):
+        for row, choice in zip(batch.alive, choose(logits, batch.alive).tolist(), strict=True):
             tokens: list[int] = []
             while choice >= 0:
                 tokens.append(rules.tokens[choice])
@@ -132,40 +121,60 @@ def _write_by_rules(batch: _Batch, choose: Choose, rules: Rules, states: list[in
         batch.write(new)
 
 
-def _prefill(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, Cache]:
-    """Read the prompts, (batch, length) each, a few rows at a time: the last hidden states, (batch, hidden), and the cache."""
-    caches, hidden = [], []
-    at_once = rows_at_once(model.config, ids.shape[1])
-    for first in range(0, len(ids), at_once):
-        rows = slice(first, first + at_once)
-        caches.append(make_cache(model.config))
-        hidden.append(_read(model, caches[-1], ids[rows], mask[rows], positions[rows]))
-    return torch.cat(hidden), joined(caches)
+class Chooser:
+    """Chooses the likeliest at temperature 0, else draws, each row by a series of uniform numbers of its own.
 
+    So what a row draws does not depend on the rows beside it, nor on how many there are at once.
 
-def _read(
-    model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Read new tokens, (batch, new), after those in the cache: the last hidden states, (batch, hidden)."""
-    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-    return model.base_model(**inputs, use_cache=True).last_hidden_state[:, -1]
-
-
-def choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> torch.Tensor:
-    """(batch, vocab) → (batch,).
-
-    Raises
-    ------
-    UserError
-        If a row's largest logit is NaN or infinite. A grammar's minus infinity elsewhere is as it should be.
+    Parameters
+    ----------
+    temperature : float
+        Of the softmax of logits / temperature.
+    uniform : (rows, passes)
+        Numbers in [0, 1): each row's, one a pass.
     """
-    likeliest = logits.argmax(-1)  # NaN counts as the largest
-    if not logits.gather(-1, likeliest[:, None]).isfinite().all():
+
+    def __init__(self, temperature: float, uniform: torch.Tensor) -> None:
+        self.temperature, self.uniform, self.passes = temperature, uniform, 0
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """See `Choose`.
+
+        Raises
+        ------
+        UserError
+            If a row's largest logit is NaN or infinite. A grammar's minus infinity elsewhere is as it should be.
+        """
+        check_finite(logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        self.passes += 1
+        return draw((logits.float() / self.temperature).softmax(-1), self.uniform[rows, self.passes - 1])
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Refuse (`UserError`) a row (…, choices) whose largest is NaN or infinite."""
+    likeliest = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
+    if not logits.gather(-1, likeliest).isfinite().all():
         raise UserError(
             "the model's output is not a number: its weights are damaged or overflow; fetch or copy the model again"
         )
-    if temperature == 0:
-        return likeliest
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=draws).flatten()
+
+
+def draw(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The choice of each row (rows, choices) that holds its uniform number (rows,): never one without a share."""
+    up_to = shares.to(uniform.dtype).cumsum(-1)
+    return (up_to <= uniform[:, None] * up_to[:, -1:]).sum(-1)
+
+
+def uniform_numbers(contexts: Sequence[str], n: int, seed: int, device: torch.device) -> torch.Tensor:
+    """For each row, (rows, n) in [0, 1): they follow from the seed, its context, and how many rows of that came before."""
+    seen: Counter[str] = Counter()
+    numbers = np.empty((len(contexts), n))
+    for row, context in enumerate(contexts):
+        digest = hashlib.sha256(f"{seed} {seen[context]} {context}".encode()).digest()
+        numbers[row] = (
+            np.random.default_rng(int.from_bytes(digest)).random(n).clip(max=1 - 1e-7)
+        )  # below 1 in float32 too
+        seen[context] += 1
+    return torch.from_numpy(numbers).to(device, torch.float32 if device.type == "mps" else torch.float64)

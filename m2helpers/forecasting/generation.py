@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike
 
 from ..engine.attention import attend_lean
 from ..files import UserError
-from ..flops.costs import Adaptation, generation_cost
+from ..flops.costs import Adaptation, continuation_cost, generation_cost
 from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base
 from ..settings import LoraSettings
 from ..text import Codec, Grammar, tokenise
-from .decoding import End, Rules, choose, continue_prompts
+from .decoding import Chooser, End, Rules, continue_prompts, uniform_numbers
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Generated:
     text: str
     """What the model wrote."""
     flops: int
-    """What it cost (prefill once, then token by token), in the exact account."""
+    """What it cost (prefill once, then token by token), in the exact account. Rows of one context share its prefill evenly."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def generate(
 ) -> list[Generated]:
     """Continue each text until it has `n_steps` more step separators, with a KV cache, many at once, and charge it.
 
-    Contexts of different lengths are padded on the left and masked. A row leaves its batch when it is done. What is decoded,
-    how, and who pays are all arguments, so they are many.
+    Contexts of different lengths are padded on the left and masked; a context that stands several times is read once a batch. A row
+    leaves its batch when it is done. What is decoded, how, and who pays are all arguments, so they are many.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def generate(
     temperature : float
         0 takes the likeliest token; above 0 draws from the softmax of logits / temperature.
     seed : int
-        Of those draws.
+        Of those draws. What a row draws follows from it, the context, and how many rows of that came before, and from nothing else.
     lora : LoraSettings, optional
         Unmerged LoRA updates the model carries, for the account; None when there are none or they are merged.
     constrained : bool
@@ -113,18 +113,25 @@ def generate(
     rules, states = (Rules(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
     scored = len(grammar.alphabet) if grammar else None
     adapted = Adaptation(lora.lora_r, lora.target_modules, scored) if lora else Adaptation(vocabulary=scored)
-    draws = torch.Generator(base.model.device).manual_seed(seed)
-    chooser = partial(choose, temperature=temperature, draws=draws)
-    ledger, spender, results = ledger or default_ledger(base), spender_of(base), dict[int, Generated]()
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
+    config, results = base.model.config, dict[int, Generated]()
+    ledger, spender = ledger or default_ledger(base), spender_of(base)
+    first_of = {context: i for i, context in reversed(list(enumerate(contexts)))}
+    uniform = uniform_numbers(contexts, n_steps * longest_step if temperature else 0, seed, base.model.device)
+    # Alike lengths together: little padding; and one text's rows side by side.
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), first_of[contexts[i]]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompt = max(len(ids[i]) for i in rows)
         most = min(n_steps * longest_step, window - prompt + 1)
+        alike = Counter(contexts[i] for i in rows)
+        prefill = generation_cost(config, 1, prompt, 1, adapted)
         # With rules a pass reads one token of a row, or two where the second is forced in some row.
-        at_most = generation_cost(base.model.config, len(rows), prompt, most * (2 if rules else 1), adapted)
+        at_most = prefill * len(alike) + continuation_cost(
+            config, prompt, most * (2 if rules else 1) - 1, adapted
+        ) * len(rows)
         with ledger.reserve(spender, generate=at_most) as bill:
             prompts, begin = [ids[i] for i in rows], [states[i] for i in rows] if rules else []
+            chooser = Chooser(temperature, uniform[rows])
             try:
                 with attend_lean(base.model):
                     written, read = continue_prompts(
@@ -133,8 +140,9 @@ def generate(
             except BaseException:  # stopped, or out of memory: nobody knows how far it got
                 bill.add("generate", at_most)
                 raise
+            shares = {context: prefill.shared(n) for context, n in alike.items()}
             for i, tokens, n in zip(rows, written, read, strict=True):
-                cost = generation_cost(base.model.config, 1, prompt, n + 1, adapted)  # the last is never read
+                cost = shares[contexts[i]].pop() + continuation_cost(config, prompt, n, adapted)
                 bill.add("generate", cost)
                 text = str(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))  # one row's is a str
                 results[i] = Generated(text, cost.flops)

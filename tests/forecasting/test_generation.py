@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from m2helpers.files import UserError
 from m2helpers.flops.account import generation_flops
 from m2helpers.flops.costs import Cost
-from m2helpers.forecasting import Generated, decoding, forecast, generate, generation, sample_forecasts
+from m2helpers.forecasting import Generated, forecast, generate, generation, reading, sample_forecasts
 from m2helpers.ledger import default_ledger
 from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
@@ -174,8 +174,8 @@ def test_flops_are_those_of_a_prefill_and_single_tokens(base):
 def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     """Forced tokens join a pass, and rows without one are padded: what is billed is what the passes read."""
     read, config = [], base.model.config
-    wanted = decoding._read
-    monkeypatch.setattr(decoding, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    wanted = reading._read
+    monkeypatch.setattr(reading, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
     written = generate(base, CODEC, CONTEXTS, 2, 2, constrained=True, temperature=1.0)
     prompt = max(map(len, CONTEXTS))
     assert sum(rows for rows, new in read if new == prompt) == len(CONTEXTS)  # prompts, a few rows at a time
@@ -186,6 +186,23 @@ def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     how = dict(vocabulary=len(Grammar(CODEC, 2).alphabet))
     expected = sorted(generation_flops(config, 1, prompt, n + 1, **how) for n in tokens)
     assert sorted(g.flops for g in written) == expected
+
+
+def test_a_context_that_stands_several_times_is_read_and_billed_once(base, monkeypatch):
+    """Its prefill is split among its rows, to the last FLOP; other contexts of the batch pay their own."""
+    read, config, wanted = [], base.model.config, reading._read
+    monkeypatch.setattr(reading, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    before = default_ledger(base).spent()
+    contexts = [CONTEXTS[0]] * 3 + [CONTEXTS[3]] + [CONTEXTS[0]] * 4
+    made = generate(base, CODEC, contexts, 2, 2, temperature=1.0)
+    prompt = len(CONTEXTS[0])
+    assert sum(rows for rows, new in read if new == prompt) == 2
+    prefill = generation_flops(config, 1, prompt, 1)
+    whole = [generation_flops(config, 1, prompt, len(g.text)) for g in made]  # what each would cost alone
+    bill = default_ledger(base).spent() - before
+    assert bill == sum(g.flops for g in made) == sum(whole) - 6 * prefill
+    assert made[3].flops == whole[3]
+    assert all(0 <= whole[i] - made[i].flops - prefill * 6 // 7 <= 1 for i in (0, 1, 2, 4, 5, 6, 7))
 
 
 def test_more_than_a_model_can_read_is_refused(base):
@@ -225,6 +242,26 @@ def test_samples_follow_the_seed(base):
     assert first == again != other and first != _texts(base)
     cold = _texts(base, temperature=1e-4)
     assert cold == _texts(base)  # so cold that only the likeliest is left
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_contexts_draws_know_nothing_of_the_call(base, constrained):
+    how = dict(temperature=1.5, seed=3, constrained=constrained)
+    alone = {c: _texts(base, [c] * 3, **how) for c in CONTEXTS[:3]}
+    assert all(len(set(texts)) > 1 for texts in alone.values())
+    mixed = [CONTEXTS[i] for i in (2, 0, 1, 0, 2, 1, 1, 0, 2)]
+    for batch_size in (50, 4):
+        made = _texts(base, mixed, batch_size=batch_size, **how)
+        assert {c: [t for m, t in zip(mixed, made, strict=True) if m == c] for c in CONTEXTS[:3]} == alone
+
+
+def test_rows_of_one_prompt_are_as_rows_of_many(base, monkeypatch):
+    """Greedy rows of one text, which hold it once, write what a row alone does, which holds its own; also where none can share."""
+    alone = _texts(base, batch_size=1)
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(reading, "can_share", lambda *_: False)
+        assert _texts(base, [c for c in CONTEXTS for _ in range(3)]) == [t for t in alone for _ in range(3)]
 
 
 def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
@@ -271,6 +308,7 @@ def test_one_row_that_is_no_number_is_an_error(base):
     with torch.no_grad():
         base.model.model.embed_tokens.weight[24] = torch.nan  # a 9
         base.model.lm_head.weight = torch.nn.Parameter(base.model.lm_head.weight.nan_to_num())  # not its logit
+    _bias(base, 24, -1000)  # and no 9 is drawn
     assert _texts(base, ["1.16,1.27;"], temperature=0.9)
     with pytest.raises(UserError, match="not a number"):
         _texts(base, ["1.16,1.27;", "9.99,9.98;"], temperature=0.9)
