@@ -41,9 +41,11 @@ EMBEDDED_BASE = ROOT / _BASE
 DATA_FILE = ROOT / "data" / "lotka_volterra_data.h5"
 SHIPPED_BASELINES = ROOT / "data" / "baselines"
 SHIPPED_BENCHMARKS = ROOT / "docs" / "benchmarks.json"
+SHIPPED_CLASSICS = ROOT / "docs" / "classic_series.json"
 CHECKPOINTS = HOME / "checkpoint"
 BASELINE_CACHE = HOME / "data" / "baselines"
 BENCHMARKS = HOME / "docs" / "benchmarks.json"
+CLASSICS = HOME / "docs" / "classic_series.json"
 
 
 def find_base(name: str, *, weights: bool = True) -> Path | None:

@@ -1,3 +1,7 @@
+from .distributions import by_step_table as by_step_table
+from .distributions import distributions_table as distributions_table
+from .distributions import plot_pit as plot_pit
+from .distributions import recorded_distributions as recorded_distributions
 from .findings import NO_FORECAST as NO_FORECAST
 from .findings import ablations_table as ablations_table
 from .findings import advice as advice
@@ -11,6 +15,7 @@ from .headline import pretraining_cost as pretraining_cost
 from .pages import all_pages as all_pages
 from .pages import benchmarks_table as benchmarks_table
 from .pages import blocks as blocks
+from .pages import classic_table as classic_table
 from .pages import costs_table as costs_table
 from .pages import fill_blocks as fill_blocks
 from .pages import fill_pages as fill_pages
