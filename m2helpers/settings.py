@@ -236,6 +236,9 @@ class TrainSettings(LoraSettings):
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+AMORTISED = "amortised"
+"""A stage that stands apart from `STAGES`: it trains on series simulated from the law that is fitted to the training split."""
+
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 STAGES = {

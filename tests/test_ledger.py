@@ -290,6 +290,7 @@ def test_a_forecast_opens_its_ledger_once(home, tiny_folder, monkeypatch):
         assert len(opened) == expected
 
 
+@pytest.mark.slow
 def test_the_ledger_needs_no_torch():
     """Nor does a base that is given by its folder, or by the name that it has in the hub's cache."""
     program = (

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ..files import UserError, read_json, write_json
+from ..files import UserError, check_writable, read_json, write_json
 from ..paths import DATA_FILE, find_base, find_run
 from ..settings import default_model
 from .options import Adapter, BaseOrRun, DataFile, Flag, OptionalFile, RunOrBase, load_target
@@ -50,6 +50,8 @@ class Evaluate:
         from ..report.tables import results_table
         from ..text import Codec, fit_scale
 
+        if self.json:
+            check_writable(self.json)
         dataset = load_dataset(self.data)
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
@@ -118,11 +120,12 @@ class Calibrate:
 
         if self.samples < 2:
             raise UserError(f"--samples {self.samples}: a distribution needs at least 2")
+        path = self.json or _calibration_file(self.model, self.run)
+        check_writable(path)
         dataset = load_dataset(self.data)
         base, run, constrained = load_target(self.model, self.run, None, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
         found = calibrate(base, codec, dataset, limit=self.limit, samples=self.samples, constrained=constrained)
-        path = self.json or _calibration_file(self.model, self.run)
         write_json(path, found | {"machine": machine()})
         for context, factors in found["spread"].items():
             print(f"S = {context}: stretched by {', '.join(f'{factor:.2f}' for factor in factors)}")

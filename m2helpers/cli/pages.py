@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ..files import check_writable
 from ..paths import BENCHMARKS, CLASSICS, DATA_FILE
 from .options import DataFile
 
@@ -28,19 +29,20 @@ class Bench:
         from ..data import load_dataset
         from ..experiments.bench import run_benchmark
 
+        record = self.json or (CLASSICS if self.name == "classic" else BENCHMARKS)
+        check_writable(record)
         if self.name == "classic":
-            self._classic()
+            self._classic(record)
             return
-        entry = run_benchmark(self.name, load_dataset(self.data), self.json or BENCHMARKS)
+        entry = run_benchmark(self.name, load_dataset(self.data), record)
         print(entry["about"], entry["machine"], sep="\n")
         print(pd.DataFrame(entry["rows"]).drop(columns="times").to_string(index=False, float_format="{:.4g}".format))
 
-    def _classic(self) -> None:
+    def _classic(self, path: Path) -> None:
         from ..experiments.classic import compare_classics, record_classics
         from ..models import load_base
 
         base = load_base()
-        path = self.json or CLASSICS
         for row in record_classics(base, compare_classics(base), path):
             print(row["series"], *(f"{method} {error}" for method, error in row["errors"].items()), sep="; ")
         print(f"{path}: written")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..files import UserError, atomic_path
 from ..paths import SHIPPED_BASELINES
-from ..simulator import predator_prey, runge_kutta_slopes
+from ..simulator import integrate
 from .naive import parrot, seasonal_naive
 
 # Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which
@@ -36,7 +36,6 @@ _RANGES = np.array([(0.11, 0.30), (5.0, 16.0), (0.21, 0.49), (0.03, 0.18), (0.30
 _PRIOR_MEAN = np.log(_RANGES).mean(axis=1)
 _PRIOR_SD = np.diff(np.log(_RANGES), axis=1)[:, 0] / 2
 _NOISE = 0.003  # standard deviation of an observation, population units: rounding makes 0.0024
-_MAX_SUBSTEP = 0.7  # longest Runge-Kutta step, time units: mean error 1e-5 over 100 steps of the data's systems
 _STARTS_H = (0.02, 0.07, 0.15)  # values of h that integral matching starts from
 _STARTS_KEPT = 3
 _RELATIVE_TOLERANCE = 1e-4  # of the sum of squares: 1e-7 gave the same errors to four decimals on simulated systems
@@ -104,41 +103,6 @@ def vector_autoregression(context: np.ndarray, steps: int, dt: float) -> np.ndar
     if best is None:
         return last_value(context, steps, dt)
     return np.exp(np.clip(best, logs.min(axis=0) - _LOG_MARGIN, logs.max(axis=0) + _LOG_MARGIN))
-
-
-def integrate(parameters: np.ndarray, start: np.ndarray, steps: int, dt: float) -> np.ndarray:
-    """Integrate many systems of `predator_prey` at once by fixed-step Runge–Kutta 4 in log-populations.
-
-    Parameters
-    ----------
-    parameters : array (6, m)
-        Columns of r, K, a, h, e, d, all positive (h may be 0).
-    start : array (2, m)
-        Populations (prey, predator) at the first step, positive.
-    steps : int
-        Steps returned, the start included.
-    dt : float
-        Time between two steps; each is divided into equal substeps of at most 0.7 time units.
-
-    Returns
-    -------
-    array (steps, 2, m), float64
-    """
-    slope = predator_prey(parameters)
-    substeps = max(1, int(np.ceil(abs(dt) / _MAX_SUBSTEP)))
-    step = dt / substeps
-
-    logs = np.log(start)
-    path = np.empty((steps, *logs.shape))
-    path[0] = logs
-    # Absurd trial parameters may overflow; the caller sees it as a value that is not finite.
-    with np.errstate(all="ignore"):
-        for index in range(1, steps):
-            for _ in range(substeps):
-                k1, k2, k3, k4 = runge_kutta_slopes(slope, logs, step)
-                logs = logs + (step / 6.0) * (k1 + k4 + 2.0 * (k2 + k3))
-            path[index] = logs
-        return np.exp(path)
 
 
 def ode_fit(context: np.ndarray, steps: int, dt: float) -> np.ndarray:

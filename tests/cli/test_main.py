@@ -51,6 +51,7 @@ def _stopped(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paths, "BASELINE_CACHE", tmp_path / "cache")
     run, common = tmp_path / "run", ["--data", str(data_file)]
@@ -120,6 +121,7 @@ def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch)
     assert {codec.precision for codec in used} == {3}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file, tmp_path, monkeypatch):
     """It never learned to leave the other characters alone: random weights would write them."""
     monkeypatch.setattr(paths, "BASELINE_CACHE", tmp_path / "cache")
@@ -314,6 +316,26 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path, capsys
     assert main(["simulate", "--systems", "10", "--out", str(tmp_path / "file" / "data.h5")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("m2helpers simulate: ") and message.count("\n") == 1
+
+
+def test_simulate_replaces_a_file_only_when_told_to(tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    path.write_text("years of work")
+    command = ["simulate", "--systems", "10", "--out", str(path)]
+    assert main(command) == 1 and path.read_text() == "years of work"
+    assert (
+        capsys.readouterr().err
+        == f"m2helpers simulate: --out {path}: exists; give another name, or --overwrite to replace it\n"
+    )
+    assert main([*command, "--overwrite"]) == 0 and h5py.is_hdf5(path)
+
+
+def test_the_output_of_a_forecast_is_refused_in_its_own_words_before_anything_is_read(tmp_path, capsys):
+    for command in "forecast", "backtest":
+        assert main([command, str(tmp_path / "none.csv"), "--steps", "2", "--out", str(tmp_path)]) == 1
+        assert (
+            capsys.readouterr().err == f"m2helpers {command}: --out {tmp_path}: is a folder; give the name of a file\n"
+        )
 
 
 def test_a_reader_that_goes_away_hears_no_complaint():

@@ -283,6 +283,7 @@ def test_a_real_model_is_evaluated(tiny_base):
 # ---------------------------------------------------------------- score
 
 
+@pytest.mark.slow
 def test_a_constrained_forecast_is_always_valid(tiny_base):
     """Even by a model with random weights."""
     base, trajectories = tiny_base(), np.stack([_series(1000, seed) for seed in range(2)])

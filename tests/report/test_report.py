@@ -46,6 +46,7 @@ def test_pages_agree_with_the_records():
         assert report.fill_blocks(text, contents) == text, f"{page}: out of date, run 'make readme'"
 
 
+@pytest.mark.slow
 def test_a_changed_record_changes_the_page(tmp_path, monkeypatch):
     for stage, mae in {"base": 0.5, "initial": 0.1234}.items():
         (tmp_path / stage).mkdir()
