@@ -21,7 +21,6 @@ from . import Context
 if TYPE_CHECKING:
     from .prefix import Prefix
 
-LEAN = "lean"
 BLOCK = 128  # queries that meet the keys in one product
 
 

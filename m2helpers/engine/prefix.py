@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .attention import LEAN
 from .kvcache import filled, plain_layers
+
+LEAN = "lean"
+"""Name of the attention that reads a prefix (`attention.attend_lean`), as `transformers` knows it."""
 
 # Architectures whose attention hands on what the forward pass is called with, held against whole forward passes in the tests.
 SHARING = ("qwen2", "llama")
