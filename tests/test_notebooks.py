@@ -1,6 +1,7 @@
 """The tool that executes the notebooks, on two throwaway ones."""
 
 import json
+import os
 import shutil
 
 import nbformat
@@ -87,3 +88,16 @@ def test_order_and_costs(tmp_path):
         ("1_z", 1.0, 123),
         ("2_b", 4.6, 123),
     ]
+
+
+def test_titles_tell_the_recorded_time():
+    record = read_json(notebooks.COSTS)
+    seconds = {row["notebook"]: row["seconds"] for row in record["notebooks"]}
+    told = 0
+    for path in notebooks.find_notebooks():
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        if "*Time:*" in title:
+            told += 1
+            assert f"runs in {seconds[path.stem]:.0f} s on {record['cores']} cores" in title, path.name
+    assert told >= 5
+    assert notebooks.note_time("it runs in 9 s on 2 cores.", 3.4) == f"it runs in 3 s on {os.cpu_count()} cores."

@@ -386,7 +386,7 @@ def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     """The cap leaves room for the first save interval and not for the second."""
     train(QUICK, tmp_path / "whole")
     first = sum(e["flops"] for e in ledger().entries()[:2])
-    ledger().path.unlink()
+    ledger().where.unlink()
     small = ledger(int(1.6 * first))
     folder = tmp_path / "run"
     with pytest.raises(

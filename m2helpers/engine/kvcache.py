@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,12 @@ class _RoomyLayer(DynamicLayer):
         if self.is_initialized:  # a row may stand more than once
             self._move(indices, self._room[0].shape[2])
 
+    def branch(self, rows: torch.Tensor) -> _RoomyLayer:
+        """Some of the rows in a layer of their own; this one stays as it is."""
+        twin = copy.copy(self)  # a move makes new room and leaves the old alone
+        twin.batch_select_indices(rows)
+        return twin
+
     def _move(self, rows: torch.Tensor | slice, length: int) -> None:
         filled = self._filled
         self._room = [_room([x[:, :, :filled][rows]], length) for x in self._room]
@@ -89,6 +96,20 @@ def joined(caches: Sequence[Cache]) -> Cache:
         for layer, *more in zip(*map(plain_layers, caches), strict=True):
             layer.add_rows(more)
     return first
+
+
+def branched(cache: Cache, rows: torch.Tensor) -> Cache:
+    """A cache with some rows of another, in any order, each as often as it stands; the other stays as it is."""
+    twin = copy.copy(cache)
+    twin.layers = []
+    for layer in cache.layers:
+        if isinstance(layer, _RoomyLayer):
+            twin.layers.append(layer.branch(rows))
+        else:
+            layer = copy.deepcopy(layer)
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]  # layers of attention have it
+            twin.layers.append(layer)
+    return twin
 
 
 def rows_at_once(config: PreTrainedConfig, length: int) -> int:

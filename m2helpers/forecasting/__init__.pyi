@@ -1,4 +1,8 @@
 from .distribution import Distribution as Distribution
+from .exact import NextStep as NextStep
+from .exact import forecast_distributions as forecast_distributions
+from .exact import next_step as next_step
+from .exact import predictive_distributions as predictive_distributions
 from .generation import Forecast as Forecast
 from .generation import Generated as Generated
 from .generation import Options as Options

@@ -37,14 +37,14 @@ class Rules:
     """A grammar and the head's part for its characters: only they are scored, and only those that may stand are chosen."""
 
     def __init__(self, grammar: Grammar, base: Base) -> None:
-        tokens = numeric_tokens(grammar.codec, base.tokenizer)
+        self.grammar, tokens = grammar, numeric_tokens(grammar.codec, base.tokenizer)
         head = base.model.get_output_embeddings()
         self.tokens, self.next, self.forced = tokens.tolist(), grammar.next.tolist(), grammar.forced.tolist()
         self.weight = head.weight[tokens]  # (characters, hidden)
         self.bias = 0 if head.bias is None else head.bias[tokens]  # (characters,)
         self.allowed = torch.from_numpy(grammar.next >= 0).to(base.model.device)  # (states, characters)
 
-    def score(self, hidden: torch.Tensor, states: list[int]) -> torch.Tensor:
+    def score(self, hidden: torch.Tensor, states: Sequence[int] | np.ndarray) -> torch.Tensor:
         """(batch, hidden) → logits (batch, characters), minus infinity where a character may not stand."""
         logits = F.linear(hidden, self.weight).float() + self.bias
         return logits.masked_fill(~self.allowed[states], -torch.inf)

@@ -106,13 +106,13 @@ def generate(
     list of Generated
         In the order of the contexts.
     """
-    ids, window = _prompts(base, codec, contexts, n_steps, n_variables)
+    ids, window = encode_prompts(base, codec, contexts, n_steps, n_variables)
     separator = int(tokenise([codec.step_separator], base.tokenizer)[0][0])
     longest_step = n_variables * (1 + codec.max_integer_digits + codec.precision + 2)
     grammar = Grammar(codec, n_variables) if constrained else None
     rules, states = (Rules(grammar, base), [grammar.walk(text) for text in contexts]) if grammar else (None, [])
     scored = len(grammar.alphabet) if grammar else None
-    adapted = Adaptation(lora.lora_r, lora.target_modules, scored) if lora else Adaptation(vocabulary=scored)
+    adapted = adaptation(lora, scored)
     config, results = base.model.config, dict[int, Generated]()
     ledger, spender = ledger or default_ledger(base), spender_of(base)
     first_of = {context: i for i, context in reversed(list(enumerate(contexts)))}
@@ -149,7 +149,12 @@ def generate(
     return [results[i] for i in range(len(ids))]
 
 
-def _prompts(
+def adaptation(lora: LoraSettings | None, scored: int | None) -> Adaptation:
+    """What the price of a pass depends on: the updates that the model carries, and how many tokens are scored."""
+    return Adaptation(lora.lora_r, lora.target_modules, scored) if lora else Adaptation(vocabulary=scored)
+
+
+def encode_prompts(
     base: Base, codec: Codec, contexts: Sequence[str], n_steps: int, n_variables: int
 ) -> tuple[list[np.ndarray], int]:
     """The tokens of each context, and how many the model reads at most; what cannot be continued is refused."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..engine.kvcache import joined, make_cache, rows_at_once
+from ..engine.kvcache import branched, joined, make_cache, rows_at_once
 from ..engine.prefix import Prefix, can_share
 from ..models import Base
 from ..text import left_pad
@@ -35,6 +36,10 @@ class Reader:
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (distinct, length): padding does not count
         hidden, cache = _prefill(base.model, ids, mask, positions)
         self.prefix: Prefix | None = None
+        self.n_prompts, self.prompt, self.own = (
+            *ids.shape,
+            0,
+        )  # read once each, of so many tokens; and tokens after them
         self.hidden, self.cache, self.mask, self.positions = hidden, cache, mask, positions
         if len(distinct) == len(prompts) and not branching:
             return
@@ -46,13 +51,23 @@ class Reader:
         else:
             self.select(rows)
 
-    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
+    def select(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> None:
         """Go on with some of the rows, in any order; one that stands several times branches."""
         at = torch.as_tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(at)
+        self._select(at)
+
+    def _select(self, at: torch.Tensor) -> None:
         self.mask, self.positions, self.hidden = self.mask[at], self.positions[at], self.hidden[at]
         if self.prefix is not None:
             self.prefix = self.prefix.rows(at)
+
+    def branch(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> Reader:
+        """A reader of some of the rows, as by `select`; this one stays as it is."""
+        at, twin = torch.as_tensor(rows, device=self.mask.device), copy.copy(self)
+        twin.cache = branched(self.cache, at)
+        twin._select(at)
+        return twin
 
     def read(self, new: Sequence[Sequence[int]]) -> int:
         """Read new tokens of each row; how many a row they were, padding too.
@@ -64,6 +79,7 @@ class Reader:
         self.positions = self.positions[:, -1:] + mask.cumsum(1)
         self.mask = torch.cat([self.mask, mask], dim=1)
         self.hidden = _read(self.model, self.cache, ids, self.mask, self.positions, self.prefix)
+        self.own += ids.shape[1]
         return ids.shape[1]
 
 
