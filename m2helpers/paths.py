@@ -42,10 +42,12 @@ DATA_FILE = ROOT / "data" / "lotka_volterra_data.h5"
 SHIPPED_BASELINES = ROOT / "data" / "baselines"
 SHIPPED_LAWS = ROOT / "data" / "law"
 SHIPPED_BENCHMARKS = ROOT / "docs" / "benchmarks.json"
+SHIPPED_CLASSICS = ROOT / "docs" / "classic_series.json"
 CHECKPOINTS = HOME / "checkpoint"
 BASELINE_CACHE = HOME / "data" / "baselines"
 LAW_CACHE = HOME / "data" / "law"
 BENCHMARKS = HOME / "docs" / "benchmarks.json"
+CLASSICS = HOME / "docs" / "classic_series.json"
 
 
 def find_base(name: str, *, weights: bool = True) -> Path | None:

@@ -122,6 +122,7 @@ def test_another_setting_gives_another_result(train, run, change):
     assert not _same(_weights(train(replace(QUICK, **change)).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_base):
     result = train(replace(QUICK, max_steps=24, eval_steps=4, learning_rate=3e-2))
     assert result.history["val_loss"].iloc[-1] < 0.9 * result.history["val_loss"].iloc[0]
@@ -132,6 +133,7 @@ def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_b
     assert result.model.lm_head.bias.any() and all(x.lora_B.weight.any() for _, x in lora_layers(result.model))
 
 
+@pytest.mark.slow
 def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_path, stop_after_a_save, monkeypatch):
     """Worked out again from the weights after every step; a stop in between changes nothing."""
     trained, judged = {0: [], 0.5: []}, []
@@ -306,6 +308,7 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, stop_after_a_save, mon
     assert _same(_weights(load_run(tmp_path, merged=False).base.model), seen[0])
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
     """The updates and the bias stay in float32, move, and bring about what they do on a float32 base."""
     results = {
@@ -337,7 +340,7 @@ def ledger(tmp_path, monkeypatch):
 
     def use(cap=CAP):
         opened = Ledger(tmp_path / "ledger.sqlite", cap)
-        for module in ("training", "forecasting"):
+        for module in ("training", "forecasting.generation"):
             monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: opened)
         return opened
 
@@ -378,11 +381,12 @@ def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
     assert [e["flops"] for e in entries if e["kind"] == "train"] == [sum(costs[:3]), sum(costs[3:])]
 
 
+@pytest.mark.slow
 def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     """The cap leaves room for the first save interval and not for the second."""
     train(QUICK, tmp_path / "whole")
     first = sum(e["flops"] for e in ledger().entries()[:2])
-    ledger().path.unlink()
+    ledger().where.unlink()
     small = ledger(int(1.6 * first))
     folder = tmp_path / "run"
     with pytest.raises(
@@ -397,6 +401,7 @@ def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 def test_repeated_steps_are_charged_again(train, tmp_path, ledger, stop_in_step_six):
     """Stopped in step 6: steps 4 and 5 are on the bill, and once more after the resume."""
     stop_in_step_six(tmp_path / "run")
@@ -503,6 +508,7 @@ def test_a_model_is_not_overwritten(train, tiny_folder, tmp_path):
     assert (model / "config.json").read_bytes() == (tiny_folder / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
@@ -606,6 +612,7 @@ def windows_read(monkeypatch):
     return read
 
 
+@pytest.mark.slow
 def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
     codec = Codec(fit_scale(small_data.part("train")))
     work = training.Training(tiny_base(), small_data, QUICK, codec)
@@ -648,6 +655,7 @@ def test_the_stages_are_those_of_the_design():
 SIZES = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, settings",
     [
@@ -758,6 +766,7 @@ def test_activation_checkpointing_runs_a_layer_forward_once_more(tiny_base, smal
     assert len(passes) == 1 + checkpointing
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
     """What is learned is the same, at the price of the second forward pass."""
     result = train(replace(QUICK, gradient_checkpointing=1))
@@ -778,6 +787,7 @@ def test_the_numeric_head_scores_the_right_characters(tiny_base, small_data):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_data):
     """It costs less, and learns the same text: a bias moves for those characters only."""
     full, numeric = train(), train(replace(QUICK, numeric_head=1))
@@ -802,6 +812,7 @@ class _Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
     """The logits of one chunk are the largest there is, in a training step and in a validation."""
     vocabulary = 4096

@@ -13,7 +13,7 @@ import tyro
 from .accounts import Flops, Spent
 from .data import Encode, Simulate
 from .forecast import Backtest, Forecast
-from .measuring import Evaluate
+from .measuring import Calibrate, Evaluate
 from .options import REGISTRY
 from .pages import Bench, FillReadme
 from .training import Experiments, Export, Pretrain, Sweep, Train
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "sweep": Sweep,
     "experiments": Experiments,
     "evaluate": Evaluate,
+    "calibrate": Calibrate,
     "forecast": Forecast,
     "backtest": Backtest,
     "export": Export,

@@ -1,7 +1,7 @@
-"""Forecasting baselines for two-variable population series: last value, vector autoregression, ODE fit.
+"""Forecasting baselines for two-variable population series: last value, last season, parroting, vector autoregression, ODE fit.
 
-They say what a forecast is worth. *Last value* costs nothing, *vector autoregression* is the usual statistical model,
-and the *ODE fit* knows the equations of the data: the practical limit for any forecaster that sees the same context.
+They say what a forecast is worth. *Last value*, *seasonal naive* and *context parroting* cost nothing, *vector autoregression* is
+the usual statistical model, and the *ODE fit* knows the equations of the data, which no other forecaster here is told.
 Every baseline is a function ``(context, steps, dt) -> forecast`` in population units; nothing here needs torch.
 """
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..files import UserError, atomic_path
 from ..paths import SHIPPED_BASELINES
 from ..simulator import integrate
+from .naive import parrot, seasonal_naive
 
 # Populations come from text with two decimals, so they are known to about ±0.004; less than this may be "0.00", which
 # has no logarithm.
@@ -41,8 +42,8 @@ _RELATIVE_TOLERANCE = 1e-4  # of the sum of squares: 1e-7 gave the same errors t
 _HUGE = 1e9  # stands for a residual that overflowed
 _DIFFERENCE = 1e-5  # finite-difference step, in standard deviations
 
-# Part of the cache's fingerprint: raise it whenever a baseline's numbers change.
-_VERSION = 1
+# Part of the cache's fingerprint: raise it whenever a baseline's numbers change. A baseline that is new needs no higher one.
+_VERSION = 2
 
 
 def last_value(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
@@ -206,9 +207,21 @@ def _integral_matching(context: np.ndarray, dt: float, h: float) -> np.ndarray:
     return np.array([growth, growth / crowding, a, h, conversion / a, d])
 
 
+def last_season(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
+    """`seasonal_naive`: the last season repeated, or the last value where no season shows; arguments as of `last_value`."""
+    return seasonal_naive(_checked(context, steps), steps)
+
+
+def context_parroting(context: np.ndarray, steps: int, dt: float) -> np.ndarray:
+    """`parrot`: what followed the past motif nearest to the last steps; arguments as of `last_value`."""
+    return parrot(_checked(context, steps), steps)
+
+
 #: The baselines of every table, by the name the table shows.
 BASELINES: dict[str, Callable[[np.ndarray, int, float], np.ndarray]] = {
     "last value": last_value,
+    "seasonal naive": last_season,
+    "context parroting": context_parroting,
     "vector autoregression": vector_autoregression,
     "ODE fit": ode_fit,
 }
@@ -217,7 +230,7 @@ BASELINES: dict[str, Callable[[np.ndarray, int, float], np.ndarray]] = {
 def run_baselines(
     cases: Sequence[tuple[np.ndarray, int]], dt: float, cache: Path, key: str, progress: bool = False
 ) -> dict[str, list[np.ndarray]]:
-    """Forecast every case with every baseline, or read the forecasts from the cache.
+    """Forecast every case with every baseline, or read the forecasts from the cache, which is made whole where one is missing.
 
     Parameters
     ----------
@@ -244,31 +257,32 @@ def run_baselines(
     fingerprint = _fingerprint(cases, dt)
     ends = np.cumsum([steps for _, steps in cases])[:-1]
     stored = _read_cache(path, fingerprint) or _read_cache(SHIPPED_BASELINES / path.name, fingerprint)
-    if stored is None:
-        forecasts: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
+    missing = [name for name in BASELINES if name not in stored]
+    if missing:
+        forecasts: dict[str, list[np.ndarray]] = {name: [] for name in missing}
         for context, steps in tqdm(cases, desc="baselines", unit="window", leave=False, disable=not progress):
-            for name, baseline in BASELINES.items():
-                forecasts[name].append(baseline(context, steps, dt))
-        stored = {name: np.concatenate(parts) for name, parts in forecasts.items()}
+            for name in missing:
+                forecasts[name].append(BASELINES[name](context, steps, dt))
+        stored |= {name: np.concatenate(parts) for name, parts in forecasts.items()}
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, fingerprint=np.array(fingerprint), **stored)  # type: ignore[arg-type]  # none is `allow_pickle`
     return {name: np.split(stored[name], ends) for name in BASELINES}
 
 
-def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """Stored forecasts, each (total steps, v); None if the file is missing, damaged or made from something else."""
+def _read_cache(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
+    """Stored forecasts, each (total steps, v); none if the file is missing, damaged or made from something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["fingerprint"]) != fingerprint:
-                return None
-            return {name: file[name] for name in BASELINES}
+                return {}
+            return {name: file[name] for name in file.files if name != "fingerprint"}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+        return {}
 
 
 def _fingerprint(cases: Sequence[tuple[np.ndarray, int]], dt: float) -> str:
-    """SHA-256 of the cases' numbers, `dt`, the baselines' names and their version."""
-    digest = hashlib.sha256(repr((_VERSION, float(dt), list(BASELINES))).encode())
+    """SHA-256 of the cases' numbers, `dt` and the baselines' version."""
+    digest = hashlib.sha256(repr((_VERSION, float(dt))).encode())
     for context, steps in cases:
         context = np.ascontiguousarray(context, dtype=np.float64)
         digest.update(repr((context.shape, int(steps))).encode())

@@ -28,6 +28,12 @@ SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
 FINAL_STAGES = ("final", "extended")
 STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
+_IN_TABLES = {"untrained": "before fine-tuning"}  # pre-trained it is
+
+
+def stage_label(stage: str) -> str:
+    """What tables and pictures call a stage."""
+    return _IN_TABLES.get(stage, stage)
 
 
 @dataclass(frozen=True)

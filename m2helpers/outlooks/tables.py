@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import forecasting
-from .files import UserError, read_json
-from .ledger import default_ledger
-from .models import Base
-from .series import History, Table
-from .series.scaling import Scaling, find_spike, fit_scaling
-from .text import Codec
+from ..files import UserError, read_json
+from ..forecasting import forecast, sample_forecasts
+from ..ledger import default_ledger
+from ..models import Base
+from ..series import History, Table
+from ..series.scaling import Scaling, find_spike, fit_scaling
+from ..text import Codec
 
 TOGETHER = 3  # variables that the embedded base has seen in one text
 SHORTEST = 3  # steps of a history
@@ -211,9 +211,9 @@ def _run(base: Base, jobs: Sequence[_Job], outlooks: Sequence[Outlook], steps: i
         alike.setdefault((apart, job.codec, len(job.columns)), []).append(job)
     for (_, codec, _), batch in alike.items():
         if sampled:
-            drawn = [forecasting.sample_forecasts(base, codec, job.values, steps, **how) for job in batch]
+            drawn = [sample_forecasts(base, codec, job.values, steps, **how) for job in batch]
         else:
-            made = forecasting.forecast(base, codec, [job.values for job in batch], steps, **how)
+            made = forecast(base, codec, [job.values for job in batch], steps, **how)
             drawn = [one.values[np.newaxis] for one in made]
         for job, written in zip(batch, drawn, strict=True):
             values = written if job.scaling is None else job.scaling.read(written)

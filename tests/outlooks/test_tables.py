@@ -7,16 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2helpers import forecasting
 from m2helpers.files import UserError
-from m2helpers.outlooks import forecast_table, quantiles
+from m2helpers.outlooks import forecast_table, quantiles, tables
 from m2helpers.series import table_of
 from m2helpers.text import Codec
 
 
 @pytest.fixture(autouse=True)
 def no_ledger(monkeypatch):
-    monkeypatch.setattr("m2helpers.outlooks.default_ledger", lambda base: None)
+    monkeypatch.setattr("m2helpers.outlooks.tables.default_ledger", lambda base: None)
 
 
 @pytest.fixture
@@ -33,8 +32,8 @@ def echo(monkeypatch):
         (one,) = forecast(base, codec, [values], steps)
         return np.stack([one.values] * n_samples)
 
-    monkeypatch.setattr(forecasting, "forecast", forecast)
-    monkeypatch.setattr(forecasting, "sample_forecasts", sample)
+    monkeypatch.setattr(tables, "forecast", forecast)
+    monkeypatch.setattr(tables, "sample_forecasts", sample)
     return read
 
 
@@ -111,7 +110,7 @@ def test_one_dead_series_does_not_stop_the_others(echo):
 
 def test_nothing_parsed_is_an_error_and_half_is_said(monkeypatch):
     made = SimpleNamespace(values=np.full((1, 2), 5.0))
-    monkeypatch.setattr(forecasting, "forecast", lambda base, codec, series, *_, **__: [made] * len(series))
+    monkeypatch.setattr(tables, "forecast", lambda base, codec, series, *_, **__: [made] * len(series))
     half = forecast_table(_base(), table_of(_waves()), 3)
     assert half.n_invalid == 1 and np.isfinite(half.outlooks[0].paths).all(axis=(0, 2)).tolist() == [True, False, False]
     made.values = np.empty((0, 2))
@@ -121,7 +120,7 @@ def test_nothing_parsed_is_an_error_and_half_is_said(monkeypatch):
 
 def test_samples_that_do_not_parse_are_left_out(monkeypatch):
     monkeypatch.setattr(
-        forecasting, "sample_forecasts", lambda base, codec, values, steps, n_samples, **_: np.ones((2, steps, 2))
+        tables, "sample_forecasts", lambda base, codec, values, steps, n_samples, **_: np.ones((2, steps, 2))
     )
     made = forecast_table(_base(), table_of(_waves()), 3, samples=5)
     assert made.n_invalid == 3 and made.outlooks[0].paths.shape == (5, 3, 2)
