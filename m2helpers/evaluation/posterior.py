@@ -31,9 +31,6 @@ try:
 except ImportError:
     raise UserError("the floor needs emcee and numba; pip install 'm2helpers[floor]'") from None
 
-MIXED = 1.1
-"""Split R-hat below which a chain counts as mixed; each walker is a chain, and a short one."""
-
 _SUBSTEPS = 5  # of a step of the series: the largest error over 100 steps is below 2e-4 in 99 of 100 systems
 _KNOTS = 32  # pieces of a margin, even in share: the density is a histogram
 _SOFTNESS = 0.05  # in units of the last decimal: what is left of the loosening, about the error of the integration
@@ -342,7 +339,7 @@ class ChordMove(emcee.moves.RedBlueMove):
         return ends, before - after
 
 
-def sample(law: Law, reading: Reading, future: range, *, seed: list[int], walkers: int = 96) -> Draws:
+def sample(law: Law, reading: Reading, future: range, *, seed: list[int], mixed: float, walkers: int = 96) -> Draws:
     """Draw systems from the posterior of a window, and what follows in each.
 
     The prior is the law; of a window inside a series, whose age nobody tells, it is that of the six rates alone, and even in the
@@ -355,6 +352,8 @@ def sample(law: Law, reading: Reading, future: range, *, seed: list[int], walker
     reading : Reading
     future : range
         Steps that are asked for, counted from the one that the window begins in.
+    mixed : float
+        Split R-hat below which a chain is not made longer.
     walkers : int
         Of the ensemble, even.
     """
@@ -374,7 +373,7 @@ def sample(law: Law, reading: Reading, future: range, *, seed: list[int], walker
         paths = _futures(flat, known, future.start, len(future))
         values = paths.reshape(*chain.shape[:2], -1)
         rhat = split_rhat(values) if broken < 1.0 else np.inf
-        if rhat < MIXED or doubling == _DOUBLINGS:
+        if rhat < mixed or doubling == _DOUBLINGS:
             break
         sampler.reset()
         sweeps *= 2
