@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import Context
+from .prefix import LEAN, Prefix
 
-if TYPE_CHECKING:
-    from .prefix import Prefix
-
-LEAN = "lean"
 BLOCK = 128  # queries that meet the keys in one product
 
 

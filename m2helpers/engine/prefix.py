@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .attention import LEAN
 from .kvcache import filled, plain_layers
+
+LEAN = "lean"
+"""Name of the attention that reads a prefix (`attention.attend_lean`), as `transformers` knows it."""
 
 # Architectures whose attention hands on what the forward pass is called with, held against whole forward passes in the tests.
 SHARING = ("qwen2", "llama")
@@ -33,6 +35,8 @@ class Prefix:
     """As many as the prompt with most rows has."""
     prompts: torch.Tensor
     """int64 (rows,): the prompt of each row."""
+    aligned: bool = False
+    """Whether rows stand as `place` would put them, and none is missing."""
 
     @classmethod
     def of(cls, cache: Cache, mask: torch.Tensor, prompts: torch.Tensor) -> Prefix:
@@ -49,7 +53,9 @@ class Prefix:
         rank = torch.empty_like(prompts)  # of a row among those of its prompt
         rank[order] = torch.arange(len(prompts), device=prompts.device) - (counts.cumsum(0) - counts)[prompts[order]]
         slots = int(counts.max())
-        return replace(self, prompts=prompts, place=prompts * slots + rank, slots=slots)
+        place = prompts * slots + rank
+        aligned = len(place) == slots * len(counts) and bool((place.diff() == 1).all())
+        return replace(self, prompts=prompts, place=place, slots=slots, aligned=aligned)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -83,19 +89,20 @@ class Prefix:
         weights = torch.cat([old, self._gather(scores.view(rows, shared, group, own))], dim=-1).softmax(-1)
         out = self._scatter(weights[..., :length] @ values, group)
         out = out + self._scatter(weights[..., length:], group) @ value
-        return out.view(rows, heads, new, dim)
+        return out.reshape(rows, heads, new, dim)
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, heads, group, size) → (prompts, heads, slots × group, size), zeros where a prompt has fewer rows."""
         _, heads, group, size = x.shape
         n = len(self.layers[0][0])
-        slots = x.new_zeros(n * self.slots, heads, group, size).index_copy_(0, self.place, x)
+        slots = x if self.aligned else x.new_zeros(n * self.slots, *x.shape[1:]).index_copy_(0, self.place, x)
         return slots.view(n, self.slots, heads, group, size).transpose(1, 2).reshape(n, heads, -1, size)
 
     def _scatter(self, x: torch.Tensor, group: int) -> torch.Tensor:
         """The inverse: (prompts, heads, slots × group, size) → (rows, heads, group, size)."""
         n, heads, _, size = x.shape
-        return x.view(n, heads, self.slots, group, size).transpose(1, 2).flatten(0, 1)[self.place]
+        slots = x.view(n, heads, self.slots, group, size).transpose(1, 2).flatten(0, 1)
+        return slots if self.aligned else slots[self.place]
 
 
 def mask_of_later(new: int, own: int, device: torch.device) -> torch.Tensor:

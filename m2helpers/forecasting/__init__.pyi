@@ -10,3 +10,4 @@ from .generation import SamplingOptions as SamplingOptions
 from .generation import forecast as forecast
 from .generation import generate as generate
 from .generation import sample_forecasts as sample_forecasts
+from .generation import sample_many as sample_many

@@ -33,6 +33,10 @@ Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 """Logits (rows, choices), and which rows of the batch they are → the choice of each, (rows,)."""
 
 
+Progress = Callable[[int], object]
+"""Told how many more are done."""
+
+
 class Rules:
     """A grammar and the head's part for its characters: only they are scored, and only those that may stand are chosen."""
 
@@ -53,8 +57,8 @@ class Rules:
 class _Batch:
     """Rows while they are continued: what each has written, and the reader of those that are not done."""
 
-    def __init__(self, base: Base, prompts: list[np.ndarray], end: End) -> None:
-        self.model, self.end, self.reader = base.model, end, Reader(base, prompts)
+    def __init__(self, base: Base, prompts: list[np.ndarray], end: End, progress: Progress) -> None:
+        self.model, self.end, self.progress, self.reader = base.model, end, progress, Reader(base, prompts)
         self.written: list[list[int]] = [[] for _ in prompts]
         self.read = [0] * len(prompts)  # tokens, padding too, after the prompt
         self.left = [end.n_separators] * len(prompts)  # separators still to write
@@ -65,6 +69,7 @@ class _Batch:
         for row, tokens in zip(self.alive, new, strict=True):
             self.written[row] += tokens
             self.left[row] -= tokens.count(self.end.separator)
+        self.progress(sum(tokens.count(self.end.separator) for tokens in new))
         most = self.end.max_new_tokens
         keep = [i for i, row in enumerate(self.alive) if self.left[row] and len(self.written[row]) < most]
         before = len(self.alive)
@@ -85,12 +90,13 @@ def continue_prompts(
     choose: Choose,
     rules: Rules | None,
     states: list[int],
+    progress: Progress = lambda n: None,
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids written after each prompt, up to and including its last separator, and how many were read, padding too.
 
-    `states` are those of the grammar after each prompt, and change.
+    `states` are those of the grammar after each prompt, and change; `progress` is told of separators as they are written.
     """
-    batch = _Batch(base, prompts, end)
+    batch = _Batch(base, prompts, end, progress)
     if rules:
         _write_by_rules(batch, choose, rules, states)
     else:

@@ -26,7 +26,7 @@ from ..settings import LoraSettings
 from ..text import Codec, Grammar
 from .decoding import Rules, uniform_numbers
 from .distribution import Cells, Distribution
-from .generation import adaptation, encode_prompts
+from .generation import PATIENCE, adaptation, encode_prompts
 from .resampling import resample
 from .trees import ROWS, Account, Begun, Forest
 
@@ -158,14 +158,17 @@ def predictive_distributions(
     order = sorted(range(len(ids)), key=lambda i: (done[i], len(ids[i])))
     at_once = max(1, ROWS // n_paths)
     groups = [list(some) for _, same in groupby(order, key=lambda i: done[i]) for some in batched(same, at_once)]
-    for group in tqdm(groups, desc="distributions", unit="batch", leave=False, disable=len(groups) < 2):
+    bar = tqdm(total=len(order) * n_steps, desc="distributions", unit="step", delay=PATIENCE, leave=False)
+    for group in groups:
         texts = [contexts[i] for i in group]
         grove = _Grove(base, codec, n_variables, texts, [ids[i] for i in group], lora, cutoff)
         draws = uniform_numbers(texts, n_steps * n_variables * (grove.longest + 2), seed, torch.device("cpu")).numpy()
         for step, numbers in enumerate(np.split(draws, n_steps, axis=1)):
             with ledger.reserve(spender_of(base), generate=grove.most()) as grove.account.bill, attend_lean(base.model):
                 grove.step(temperatures[step], n_paths, numbers, last=step == n_steps - 1)
+            bar.update(len(group))
         made |= zip(group, grove.distributions(), strict=True)
+    bar.close()
     return [made[i] for i in range(len(contexts))]
 
 

@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from tqdm.auto import tqdm
 
 from ..engine.attention import attend_lean
 from ..files import UserError
@@ -20,6 +21,8 @@ from ..models import Base
 from ..settings import LoraSettings
 from ..text import Codec, Grammar, tokenise
 from .decoding import Chooser, End, Rules, continue_prompts, uniform_numbers
+
+PATIENCE = 5.0  # seconds before a bar says how far it is
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def generate(
     uniform = uniform_numbers(contexts, n_steps * longest_step if temperature else 0, seed, base.model.device)
     # Alike lengths together: little padding; and one text's rows side by side.
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), first_of[contexts[i]]))
+    bar = tqdm(total=len(order) * n_steps, desc="forecasting", unit="step", delay=PATIENCE, leave=False)
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompt = max(len(ids[i]) for i in rows)
@@ -135,7 +139,7 @@ def generate(
             try:
                 with attend_lean(base.model):
                     written, read = continue_prompts(
-                        base, prompts, End(separator, n_steps, most), chooser, rules, begin
+                        base, prompts, End(separator, n_steps, most), chooser, rules, begin, bar.update
                     )
             except BaseException:  # stopped, or out of memory: nobody knows how far it got
                 bill.add("generate", at_most)
@@ -146,6 +150,7 @@ def generate(
                 bill.add("generate", cost)
                 text = str(base.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))  # one row's is a str
                 results[i] = Generated(text, cost.flops)
+    bar.close()
     return [results[i] for i in range(len(ids))]
 
 
@@ -217,7 +222,26 @@ def sample_forecasts(
     UserError
         If none is asked for.
     """
+    (drawn,) = sample_many(base, codec, [series], steps, n_samples, temperature=temperature, seed=seed, **options)
+    return drawn
+
+
+def sample_many(
+    base: Base,
+    codec: Codec,
+    series: Sequence[ArrayLike],
+    steps: int,
+    n_samples: int,
+    **options: Unpack[SamplingOptions],
+) -> list[np.ndarray]:
+    """As many forecasts of each of several series, and of each those that parse whole: (at most n_samples, steps, variables).
+
+    Options as in `generate`. What is drawn for one series does not depend on the others.
+    """
     if n_samples < 1:
         raise UserError(f"cannot draw {n_samples} samples: ask for at least 1")
-    drawn = forecast(base, codec, [series] * n_samples, steps, temperature=temperature, seed=seed, **options)
-    return np.array([f.values for f in drawn if f.valid]).reshape(-1, steps, np.shape(series)[1])
+    drawn = forecast(base, codec, [values for values in series for _ in range(n_samples)], steps, **options)
+    return [
+        np.array([f.values for f in drawn[i : i + n_samples] if f.valid]).reshape(-1, steps, np.shape(series[0])[1])
+        for i in range(0, len(drawn), n_samples)
+    ]

@@ -8,4 +8,3 @@ from .heldback import scores as scores
 from .tables import Forecasts as Forecasts
 from .tables import Outlook as Outlook
 from .tables import forecast_table as forecast_table
-from .tables import quantiles as quantiles

@@ -13,7 +13,7 @@ from ..models import Base, load_base
 from ..runs import Run, load_run
 from ..series import table_of
 from ..text import Codec
-from .tables import Forecasts, forecast_table, quantiles
+from .tables import Forecasts, forecast_table
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -32,7 +32,9 @@ def wide_frame(forecasts: Forecasts, levels: Sequence[float] | None = None) -> p
             continue
         blocks, names = _shortened(outlook.paths, outlook.history.values), list(table.variables)
         if levels:
-            bands = _shortened(quantiles(outlook.paths, levels), outlook.history.values)  # (levels, steps, variables)
+            bands = _shortened(
+                outlook.distribution.quantile(levels), outlook.history.values
+            )  # (levels, steps, variables)
             blocks = bands.transpose(1, 2, 0).reshape(1, len(bands[0]), -1)
             names = [f"{variable}_{level:g}" for variable in table.variables for level in levels]
         for sample, block in enumerate(blocks):
@@ -52,12 +54,14 @@ def long_frame(forecasts: Forecasts, levels: Sequence[float] = LEVELS) -> pd.Dat
     table, parts = forecasts.table, []
     sampled = len(forecasts.outlooks[0].paths) > 1
     for outlook in forecasts.outlooks:
-        for column, variable in enumerate(table.variables if not outlook.problem else ()):
-            paths = outlook.paths[:, :, [column]]  # (paths, steps, 1)
-            part = pd.DataFrame({"target_name": variable, "predictions": quantiles(paths, [0.5])[0, :, 0]})
-            if sampled:
-                for level, band in zip(levels, quantiles(paths, levels)[:, :, 0], strict=True):
-                    part[f"{level:g}"] = band
+        if outlook.problem:
+            continue
+        middle = outlook.median  # (steps, variables)
+        bands = outlook.distribution.quantile(levels) if sampled else np.empty((0, *middle.shape))
+        for column, variable in enumerate(table.variables):
+            part = pd.DataFrame({"target_name": variable, "predictions": middle[:, column]})
+            for level, band in zip(levels, bands[..., column], strict=False):  # none of a path alone
+                part[f"{level:g}"] = band
             steps = np.arange(1, len(part) + 1)
             part.insert(0, table.time_name or "step", steps if outlook.times is None else outlook.times)
             if table.id_name or len(forecasts.outlooks) > 1:

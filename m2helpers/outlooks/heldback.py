@@ -17,7 +17,7 @@ from ..models import Base
 from ..runs import Run
 from ..series import Table, read_table, table_of
 from .frames import model_of
-from .tables import SHORTEST, Forecasts, Outlook, forecast_table, quantiles
+from .tables import SHORTEST, Forecasts, Outlook, forecast_table
 
 
 def forecast_held_back(base: Base, table: Table, steps: int, windows: int = 1, **how: Any) -> Forecasts:
@@ -58,7 +58,7 @@ def scores(forecasts: Forecasts) -> pd.DataFrame:
     truth = np.stack([o.truth for o in whole if o.truth is not None])  # (windows, steps, variables)
     contexts, steps = [o.history.values for o in whole], truth.shape[1]
     methods = {
-        "this model": np.stack([quantiles(o.paths, [0.5])[0] for o in whole]),
+        "this model": np.stack([o.median for o in whole]),
         "last value": np.stack([last_value(context, steps, 1.0) for context in contexts]),
         "last season": np.stack([seasonal_naive(context, steps) for context in contexts]),
         "context parroting": np.stack([parrot(context, steps) for context in contexts]),
@@ -79,7 +79,7 @@ def scores(forecasts: Forecasts) -> pd.DataFrame:
 def _inside(outlook: Outlook, column: int) -> float:
     """The share of one window's truth that lies within its 10 % to 90 % band."""
     assert outlook.truth is not None
-    low, high = quantiles(outlook.paths, [0.1, 0.9])[..., column]  # each (steps,)
+    low, high = outlook.distribution.quantile([0.1, 0.9])[..., column]  # each (steps,)
     truth = outlook.truth[:, column]
     return float(((low <= truth) & (truth <= high)).mean())
 

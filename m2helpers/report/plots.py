@@ -168,15 +168,14 @@ def _plot_outlook(ax: Axes, outlook: Outlook, column: int) -> None:
     before = np.arange(n - len(past.values) + 1, n + 1) if past.index is None else past.index
     ahead = np.arange(n + 1, n + steps + 1) if outlook.index is None else outlook.index
     ax.plot(before, past.values[:, column], color="0.25", lw=1.3, label="history")
-    paths = outlook.paths[:, :, column]
-    whole = paths[~np.isnan(paths).any(axis=1)] if len(paths) > 1 else paths
-    if len(whole) > 1:
-        low, lower, middle, upper, high = np.quantile(whole, [0.1, 0.25, 0.5, 0.75, 0.9], axis=0)  # each (steps,)
+    if len(outlook.paths) > 1:
+        levels = [0.1, 0.25, 0.5, 0.75, 0.9]
+        low, lower, middle, upper, high = outlook.distribution.quantile(levels)[..., column]  # each (steps,)
         ax.fill_between(ahead, low, high, color=PREY, alpha=0.18, lw=0, label="80 % band")
         ax.fill_between(ahead, lower, upper, color=PREY, alpha=0.3, lw=0, label="50 % band")
         ax.plot(ahead, middle, "o-", ms=3, lw=1.3, color=PREY, label="forecast (median)")
-    elif len(whole):
-        ax.plot(ahead, whole[0], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
+    else:
+        ax.plot(ahead, outlook.median[:, column], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
     if outlook.truth is not None:
         ax.plot(ahead, outlook.truth[:, column], "x", ms=5, color=PREDATOR, label="truth, held back")
     if isinstance(past.index, pd.DatetimeIndex):

@@ -195,15 +195,15 @@ def test_a_stage_starts_from_the_settings_of_its_bases_plan(tiny_folder, data_fi
 
 def test_a_series_that_cannot_be_sampled_costs_no_other(tiny_folder, tmp_path, capsys, monkeypatch):
     """Of two series, no sample of the first parses."""
-    drawn = iter([np.ones((0, 2, 1)), np.ones((3, 2, 1))])
-    monkeypatch.setattr("m2helpers.outlooks.tables.sample_forecasts", lambda *_, **__: next(drawn))
+    drawn = iter([[np.ones((0, 2, 1)), np.ones((3, 2, 1))]])
+    monkeypatch.setattr("m2helpers.outlooks.tables.sample_many", lambda *_, **__: next(drawn))
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["trajectories"] = np.ones((2, 8, 1))
     command = ["forecast", str(tmp_path / "two.h5"), "--model", str(tiny_folder), "--steps", "2", "--samples", "3"]
     assert main([*command, "--out", str(tmp_path / "out.csv")]) == 0
     assert "; 3 did not parse whole: with --constrained all do" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out.csv")["series"].tolist() == [1] * 6
-    drawn = iter([np.ones((0, 2, 1))] * 2)
+    drawn = iter([[np.ones((0, 2, 1))] * 2])
     assert main([*command, "--out", str(tmp_path / "none.csv")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(

@@ -11,13 +11,14 @@ from m2helpers.outlooks import tables
 def ramp(monkeypatch):
     """A model whose samples are the last values plus 1, 2, 3, ... hundredths of the text, and whose likeliest is the last."""
 
-    def sample(base, codec, values, steps, n_samples, **_):
-        return np.stack([np.repeat(values[-1:], steps, axis=0) + 0.01 * i for i in range(n_samples)])
+    def sample(base, codec, series, steps, n_samples, **_):
+        ahead = [np.repeat(values[-1:], steps, axis=0) for values in series]
+        return [np.stack([values + 0.01 * i for i in range(n_samples)]) for values in ahead]
 
     def forecast(base, codec, series, steps, **_):
         return [type("F", (), {"values": np.repeat(values[-1:], steps, axis=0)}) for values in series]
 
-    monkeypatch.setattr(tables, "sample_forecasts", sample)
+    monkeypatch.setattr(tables, "sample_many", sample)
     monkeypatch.setattr(tables, "forecast", forecast)
 
 

@@ -256,7 +256,7 @@ def test_a_picture_of_ones_own_forecast_shows_bands_and_truth(held_back):
     labels = first.get_legend_handles_labels()[1]
     assert labels == ["history", "80 % band", "50 % band", "forecast (median)"] + ["truth, held back"] * held_back
     middle = next(line for line in first.lines if line.get_label() == "forecast (median)")
-    assert middle.get_ydata().tolist() == [5] * 4
+    assert middle.get_ydata() == pytest.approx([5] * 4)
     band = first.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (1, 9)
+    assert (band.min(), band.max()) == pytest.approx((1, 9))
     plt.close(figure)
