@@ -91,7 +91,7 @@ def floor(
             found = Floor(*map(np.array, zip(*rows, strict=True)))
             with atomic_path(cache / name) as temporary, open(temporary, "wb") as stream:
                 values = {f.name: getattr(found, f.name).astype(np.float32) for f in fields(Floor)}
-                np.savez_compressed(stream, mark=np.array(mark), **values)  # type: ignore[arg-type]  # none is `allow_pickle`
+                np.savez_compressed(stream, mark=np.array(mark), **values)
     return Floor(*(getattr(found, f.name)[: len(cases)] for f in fields(Floor)))
 
 
