@@ -18,6 +18,8 @@ SHIPPED = (
     "checkpoint/embedded/**/README.md",
     "data/lotka_volterra_data.h5",
     "data/baselines/*-39f17ee6eb7b17fd.npz",  # of that data: the ODE fits take minutes
+    "data/law/39f17ee6eb7b17fd.json",
+    "data/floor/*-39f17ee6eb7b17fd.npz",
     "docs/*.json",
 )
 

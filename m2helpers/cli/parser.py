@@ -13,7 +13,7 @@ import tyro
 from .accounts import Flops, Spent
 from .data import Encode, Simulate
 from .forecast import Backtest, Forecast
-from .measuring import Calibrate, Evaluate
+from .measuring import Calibrate, Evaluate, Floor
 from .options import REGISTRY
 from .pages import Bench, FillReadme
 from .training import Experiments, Export, Pretrain, Sweep, Train
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "experiments": Experiments,
     "evaluate": Evaluate,
     "calibrate": Calibrate,
+    "floor": Floor,
     "forecast": Forecast,
     "backtest": Backtest,
     "export": Export,
