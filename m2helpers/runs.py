@@ -30,7 +30,7 @@ from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .paths import find_run
-from .settings import EMBEDDED, Recorded, Setting, TrainSettings, canonical, changes
+from .settings import Recorded, Setting, TrainSettings, canonical, changes
 from .text import Codec, numeric_tokens
 
 CONFIG_NAME = "config.json"
@@ -159,7 +159,7 @@ def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec
         "base_sha256": base.sha256,
         "settings_sha256": settings_sha256(settings, dataset, base.sha256),
         "stage": stage,
-        "base": str(Path(base.name).resolve()) if base.name != EMBEDDED and Path(base.name).is_dir() else base.name,
+        "base": base.recorded_name,
         "data": Path(dataset.path).name,
         "scale": codec.scale,
         "codec": asdict(codec),
