@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def answer(
         places = order[first : first + BATCH]
         prompts = left_pad([tokens[i].ids[: tokens[i].prompt] for i in places], pad)
         ids, mask = (torch.from_numpy(a).to(model.device) for a in prompts)  # (batch, prompt)
-        made = model.generate(
+        made = cast(Any, model).generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=longest_response(tokens),
@@ -75,10 +75,10 @@ def answer(
             pad_token_id=pad,
         )[:, ids.shape[1] :]  # (batch, new)
         if bill:
-            bill.add("generate", prices.generation(*ids.shape, made.shape[1]))
+            bill.add("generate", prices.generation(len(ids), ids.shape[1], made.shape[1]))
         for i, row in zip(places, made.tolist(), strict=True):
             ended = end in row
-            text = tokenizer.decode(row[: row.index(end)] if ended else row, clean_up_tokenization_spaces=False)
+            text = str(tokenizer.decode(row[: row.index(end)] if ended else row, clean_up_tokenization_spaces=False))
             answers[i] = text if ended else text + "…"
     return answers
 

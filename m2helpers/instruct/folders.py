@@ -93,8 +93,12 @@ def check(folder: Path | None, config: Config, resume: bool) -> Path | None:
         return None
     before: Config = read_json(folder / CONFIG_NAME)
     if before["settings_sha256"] != config["settings_sha256"]:
-        then, now = ({**c["settings"], "rows": c["rows_sha256"][:12], "base": c["base_sha256"][:12]} for c in (before, config))
-        raise UserError(f"{folder}: was started with other settings ({changes(then, now)}); give the same ones to resume")
+        then, now = (
+            {**c["settings"], "rows": c["rows_sha256"][:12], "base": c["base_sha256"][:12]} for c in (before, config)
+        )
+        raise UserError(
+            f"{folder}: was started with other settings ({changes(then, now)}); give the same ones to resume"
+        )
     return last
 
 

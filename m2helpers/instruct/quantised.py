@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,13 +54,11 @@ def load_for_tuning(name: str | None, settings: InstructSettings) -> Base:
         # On CPUs with bfloat16 a layer would put its weights into another order as soon as it is evaluated, one that has no
         # backward pass: a training step after a validation would then fail.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return base
 
 
-def add_adapter(
-    model: PreTrainedModel, settings: InstructSettings, used: Collection[int] = ()
-) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, settings: InstructSettings, used: Collection[int] = ()) -> PreTrainedModel:
     """Freeze a base and put `peft`'s LoRA over it, drawn with the settings' seed; everything else is as it was.
 
     Parameters
@@ -76,23 +75,25 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    if settings.four_bit:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls there
-            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # norms, embedding and head in float32
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    torch.manual_seed(settings.seed)
     lora = LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=cast(int, settings.lora_alpha),  # any number will do
         lora_dropout=settings.lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=list(settings.target_modules),
         trainable_token_indices=sorted(used) if settings.train_tokens else None,
     )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls there
+        if settings.four_bit:
+            prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=False
+            )  # norms, embedding, head in float32
+        torch.manual_seed(settings.seed)
+        return cast(PreTrainedModel, get_peft_model(model, lora))
 
 
 def four_bit_weights(model: nn.Module) -> int:

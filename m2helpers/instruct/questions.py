@@ -17,9 +17,9 @@ from ..files import write_text
 from ..text import Codec, fit_scale
 from .rows import Row
 
-STEPS, EVERY = 12, 2  # a row shows so many steps, of the series every second
+STEPS, EVERY = 8, 3  # a row shows so many steps, of the series every third
 PRECISION = 1  # decimals: short texts, and answers that can be met exactly
-ROWS = {"train": 240, "validation": 60}
+ROWS = {"train": 240, "validation": 40}
 FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 _SEED = 20261130
 _TRIES = 1000  # windows looked at for one that a question fits
@@ -40,7 +40,7 @@ def _largest(steps: np.ndarray, first: bool) -> str | None:
 def _peaks_first(steps: np.ndarray, first: bool) -> str | None:
     shown = steps[:-1]
     at = shown.argmax(axis=0)  # (2,)
-    inside = (0 < at).all() and (at < STEPS - 1).all()
+    inside = (at > 0).all() and (at < STEPS - 1).all()
     return ("prey" if first else "predator") if inside and at[0] != at[1] and (at[0] < at[1]) == first else None
 
 
@@ -80,7 +80,7 @@ def _draw_row(
     for _ in range(_TRIES):
         x = series[rng.integers(len(series))].astype(np.float64)
         start = rng.integers(len(x) - STEPS * EVERY)
-        window = x[start :: EVERY][: STEPS + 1]  # (STEPS + 1, 2)
+        window = x[start::EVERY][: STEPS + 1]  # (STEPS + 1, 2)
         if (output := answer(np.round(window * codec.scale, PRECISION), first)) is not None:
             return Row(question, codec.encode(window[:-1]), output)
     raise RuntimeError(f"no window of {len(series)} series fits {question!r}")

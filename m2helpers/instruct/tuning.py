@@ -92,14 +92,17 @@ def tune(
     Stopped
         On Ctrl-C or SIGTERM, once the step in hand is done.
     """
+    output_dir = Path(output_dir) if output_dir is not None else None
     config = folders.describe(base, rows, settings)
     last = folders.check(output_dir, config, resume)
-    name = Path(output_dir).resolve().name if output_dir else "unsaved"
+    name = output_dir.resolve().name if output_dir else "unsaved"
     tokens = {part: tokenise_rows(r, base.tokenizer, settings.max_length, part) for part, r in rows.items()}
-    work = _Work(base, rows, tokens, settings, ledger or default_ledger(base), Spender(name, STAGE, config["settings_sha256"]))
+    work = _Work(
+        base, rows, tokens, settings, ledger or default_ledger(base), Spender(name, STAGE, config["settings_sha256"])
+    )
     if output_dir:
         write_json(output_dir / folders.CONFIG_NAME, config)
-    before = work.answer() if last is None else folders.read_metrics(output_dir)["before"]
+    before = folders.read_metrics(output_dir)["before"] if output_dir and last else work.answer()
     counts = cast(Any, work.model).get_nb_trainable_parameters()
     metrics: folders.Metrics = {"trainable": counts[0], "parameters": counts[1], "before": before, "after": None}
     if output_dir and last is None:
@@ -201,7 +204,6 @@ def _trainer(work: _Work, folder: Path, *, save: bool, label: str) -> _Trainer:
         logging_nan_inf_filter=False,  # it would replace a loss that is no number
         eval_strategy="epoch",
         save_strategy="epoch" if save else "no",
-        save_total_limit=2,
         prediction_loss_only=True,
         seed=settings.seed,
         use_cpu=device == "cpu",
