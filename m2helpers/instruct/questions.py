@@ -19,7 +19,7 @@ from .rows import Row
 
 STEPS, EVERY = 8, 3  # a row shows so many steps, of the series every third
 PRECISION = 1  # decimals: short texts, and answers that can be met exactly
-ROWS = {"train": 240, "validation": 40}
+ROWS = {"train": 240, "validation": 60}
 FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 _SEED = 20261130
 _TRIES = 1000  # windows looked at for one that a question fits
@@ -41,18 +41,18 @@ def _peaks_first(steps: np.ndarray, first: bool) -> str | None:
     shown = steps[:-1]
     at = shown.argmax(axis=0)  # (2,)
     inside = (at > 0).all() and (at < STEPS - 1).all()
-    return ("prey" if first else "predator") if inside and at[0] != at[1] and (at[0] < at[1]) == first else None
+    return ("1" if first else "2") if inside and at[0] != at[1] and (at[0] < at[1]) == first else None
 
 
 def _dies_out(steps: np.ndarray, first: bool) -> str | None:
-    return ("yes" if first else "no") if (steps[-2, 1] == 0) == first else None
+    return ("1" if first else "0") if (steps[-2, 1] == 0) == first else None
 
 
 QUESTIONS: dict[str, Answer] = {
     "What comes next?": _next,
     "What is the largest number?": _largest,
-    "Which peaks first, prey or predator?": _peaks_first,
-    "Is the predator gone at the end?": _dies_out,
+    "Which peaks first, 1 prey or 2 predator?": _peaks_first,
+    "Is the predator gone at the end, 1 yes or 0 no?": _dies_out,
 }
 """Instruction → what answers it."""
 
