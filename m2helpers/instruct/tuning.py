@@ -254,6 +254,10 @@ class _Charge(TrainerCallback):
             place = f"stopped at step {state.global_step:,} of {state.max_steps:,}"
             raise Stopped(f"{self.trainer.label}: {place}{self.resumable}")
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let the mean of the losses begin anew, as it does after a stop."""
+        control.should_log = True
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from m2helpers.data import load_dataset, split
 from m2helpers.files import UserError
-from m2helpers.instruct.questions import FILES, ROWS, draw_rows, write_questions
+from m2helpers.instruct.questions import EVERY, FILES, ROWS, draw_rows, write_questions
 from m2helpers.instruct.rows import Collator, Row, end_and_pad, read_rows, tokenise_rows
 from m2helpers.models import embedded_tokenizer
 from m2helpers.paths import INSTRUCTIONS
@@ -118,9 +118,9 @@ def test_next_steps_are_those_of_the_series_and_parts_share_none():
     scale = 10 / np.percentile(data.part("train").astype(float), 99.7)
     for part in FILES:
         texts = [
-            ";".join(f"{prey:.1f},{predator:.1f}" for prey, predator in series[start::2])
+            ";".join(f"{prey:.1f},{predator:.1f}" for prey, predator in series[start::EVERY])
             for series in (data.part(part).astype(float) * scale).round(1)
-            for start in (0, 1)
+            for start in range(EVERY)
         ]
         for row in draw_rows(data, part, 40):
             if row.instruction == "What comes next?":
