@@ -10,6 +10,7 @@ from m2helpers.instruct.quantised import load_for_tuning
 from m2helpers.models import load_base
 from m2helpers.settings import InstructSettings
 
+pytestmark = pytest.mark.slow
 # Appendix E of the paper: quantiles of a normal distribution, from -1 to 1, with an exact zero.
 LEVELS = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0)
 LEVELS += (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)

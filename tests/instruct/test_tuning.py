@@ -28,6 +28,7 @@ from m2helpers.ledger import CapReached, Ledger
 from m2helpers.models import embedded_tokenizer
 from m2helpers.settings import InstructSettings
 
+pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parents[2]
 QUICK = InstructSettings(lora_r=2, learning_rate=1e-2, batch_size=1, max_length=96)
 FOUR_BIT = 2 * (2 * 192 * 192 + 2 * 192 * 32 + 3 * 192 * 128)  # weights of the base below that are kept in four bits
@@ -274,6 +275,20 @@ def test_the_command_tunes_a_qwen_15b_in_miniature(four_bit, base_folder, tmp_pa
     assert out.startswith("trainable params: 19,456 || all params: ") and "adaptermodel.zip" in out
     assert not [line for line in err.splitlines() if line.strip() and "step" not in line]  # the bar, and nothing else
     assert read_json(tmp_path / "run" / "instruct.json")["settings"]["learning_rate"] == 2e-4
+
+
+def test_tokens_that_a_base_never_read_can_be_trained(base_folder, tmp_path):
+    """Their embeddings, and nothing else of the base: the tokens of the rows, their template and the end."""
+    settings = replace(QUICK, train_tokens=True, epochs=1)
+    base = load_for_tuning(str(base_folder), settings)
+    before = base.model.get_input_embeddings().weight.detach().clone()
+    tuned = tune(base, ROWS, settings, tmp_path / "run", progress=False, ledger=Ledger(tmp_path / "ledger.sqlite"))
+    used = {token for row in ROWS["train"] for token in base.tokenizer(row.prompt + row.output)["input_ids"]} | {258}
+    assert tuned.metrics["trainable"] == 2 * 2 * (192 * 3 + 32) + 192 * len(used)
+    delta = _weights(tmp_path / "run")["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    assert delta.shape == (len(used), 192) and not torch.equal(delta, before[sorted(used)])
+    kept = {name: p for name, p in base.model.named_parameters() if name.endswith("original_module.weight")}
+    assert kept and all(torch.equal(p, before) for p in kept.values())
 
 
 def test_without_bitsandbytes_one_line_says_what_to_install(base_folder, tmp_path, monkeypatch, capsys):
