@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 
 from ..files import UserError, read_json
-from ..forecasting import Distribution, forecast, sample_many
 from ..ledger import default_ledger
 from ..models import Base
 from ..series import History, Table
 from ..series.scaling import Scaling, find_spike, fit_scaling
 from ..text import Codec
+from .distribution import Distribution
+from .generation import forecast, sample_many
 
 TOGETHER = 3  # variables that the embedded base has seen in one text
 SHORTEST = 3  # steps of a history
