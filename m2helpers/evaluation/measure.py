@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data import Dataset
+from ..files import UserError
 from ..forecasting import generate
 from ..ledger import Ledger, default_ledger
 from ..models import Base
@@ -132,13 +133,23 @@ def calibrate(
     """How far distributions must be stretched for their 80 % bands to cover 80 %, by context and step ahead: fitted on validation, in P5.
 
     Parameters and what is charged are as in `evaluate`.
+
+    Raises
+    ------
+    UserError
+        If at some step no path of any window parses.
     """
     ledger = ledger or default_ledger(base)
     found: dict[str, list[float]] = {}
     windows, flops = [], 0
     for some in _windows(dataset, codec, "P5", _CALIBRATED_ON, contexts, limit):
         drawn = draw(base, codec, some.cases, samples, lora=lora, constrained=constrained, ledger=ledger)
-        found[str(some.context)] = spread_factors(some.cases, drawn.distributions)
+        factors = spread_factors(some.cases, drawn.distributions)
+        if not np.all(np.isfinite(factors)):
+            raise UserError(
+                f"{base.short_name}: no sampled forecast of some step parses, so none can be calibrated; add --constrained"
+            )
+        found[str(some.context)] = factors
         windows.append(len(some.cases))
         flops += drawn.flops
     return Calibration(

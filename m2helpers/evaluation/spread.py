@@ -6,6 +6,7 @@ distribution is what a temperature of the factor squared would do. The factors c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,7 +33,8 @@ def spread_factors(cases: Sequence[Case], distributions: Sequence[Distribution],
     """By step ahead, the least factor with which the 80 % bands of `stretched` distributions cover `share` of the truth.
 
     A band reaches a truth at the factor that the truth's distance from the median is of the band's; the factor sought is a quantile
-    of those. With series it has not seen, such a band covers `share` of as many, up to chance (split conformal prediction).
+    of those. With series it has not seen, such a band covers `share` of as many, up to chance (split conformal prediction). NaN if some step is
+    known of no window.
 
     Source: Romano, Patterson and Candès, "Conformalized quantile regression", 2019; here scaled about the median.
     """
@@ -41,7 +43,9 @@ def spread_factors(cases: Sequence[Case], distributions: Sequence[Distribution],
         np.stack([d.quantile(level)[0] for d in distributions]) for level in (_BAND[0], 0.5, _BAND[1])
     )  # each (windows, steps, variables)
     side = np.where(truth >= middle, high - middle, middle - low)
-    needed = np.abs(truth - middle) / side  # NaN where nothing is known
+    needed = np.abs(truth - middle) / side  # (windows, steps, variables); NaN where nothing is known
+    if np.isnan(needed).all(axis=(0, 2)).any():
+        return [math.nan] * needed.shape[1]
     return [float(np.nanquantile(needed[:, step], share)) for step in range(needed.shape[1])]
 
 
