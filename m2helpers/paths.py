@@ -39,13 +39,16 @@ def _find_roots() -> tuple[Path, Path]:
 ROOT, HOME = _find_roots()
 EMBEDDED_BASE = ROOT / _BASE
 DATA_FILE = ROOT / "data" / "lotka_volterra_data.h5"
+INSTRUCTIONS = ROOT / "data" / "instructions"
 SHIPPED_BASELINES = ROOT / "data" / "baselines"
 SHIPPED_LAWS = ROOT / "data" / "law"
+SHIPPED_FLOORS = ROOT / "data" / "floor"
 SHIPPED_BENCHMARKS = ROOT / "docs" / "benchmarks.json"
 SHIPPED_CLASSICS = ROOT / "docs" / "classic_series.json"
 CHECKPOINTS = HOME / "checkpoint"
 BASELINE_CACHE = HOME / "data" / "baselines"
 LAW_CACHE = HOME / "data" / "law"
+FLOOR_CACHE = HOME / "data" / "floor"
 BENCHMARKS = HOME / "docs" / "benchmarks.json"
 CLASSICS = HOME / "docs" / "classic_series.json"
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2ForCausalLM, Qwen3Config
 
 from m2helpers import training
+from m2helpers.data import load_dataset
 from m2helpers.engine.loop import Stopped
 from m2helpers.engine.losses import CHUNK, Diverged
 from m2helpers.engine.windows import pick, text_windows
@@ -26,8 +27,10 @@ from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
 from m2helpers.models import Base, add_head_bias, embedded_config, embedded_tokenizer, load_base
-from m2helpers.runs import load_run
+from m2helpers.paths import EMBEDDED_BASE
+from m2helpers.runs import load_run, settings_sha256
 from m2helpers.settings import STAGES, TrainSettings
+from m2helpers.simulator import Law, SimulatorSettings, draw_parameters
 from m2helpers.text import Codec, fit_scale, numeric_tokens
 from m2helpers.training import train_lora
 
@@ -65,7 +68,7 @@ def train(tiny_base, small_data):
 def stop_in_step_six(train, monkeypatch):
     """Trains into a folder and is interrupted in step 6, between two saves."""
 
-    def stopped(folder):
+    def stopped(folder, **options):
         steps, loss = [], training._loss
 
         def stop(base, batch, *rest):
@@ -76,7 +79,7 @@ def stop_in_step_six(train, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(training, "_loss", stop)
-            train(QUICK, folder)
+            train(QUICK, folder, **options)
 
     return stopped
 
@@ -518,6 +521,45 @@ def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_pa
     assert read_json(tmp_path / "run" / "adapter_config.json")["base_model_name_or_path"] == str(
         tmp_path / "models" / "tiny"
     )
+
+
+@pytest.fixture
+def law():
+    return Law(draw_parameters(SimulatorSettings(systems=30)).to_numpy(), 2.0, 20)
+
+
+def test_a_run_that_is_told_the_law_trains_on_no_recorded_series(train, law, small_data, tmp_path, monkeypatch):
+    settings = replace(QUICK, random_start=True)
+    seen, window = [], training.augmented_window
+    monkeypatch.setattr(
+        training, "augmented_window", lambda values, *rest: seen.append(values) or window(values, *rest)
+    )
+    train(settings, tmp_path / "told", law=law)
+    recorded = {values.tobytes() for values in small_data.part("train")}
+    assert len({values.tobytes() for values in seen}) == len(seen) == settings.max_steps * settings.batch_size
+    assert not recorded & {values.tobytes() for values in seen}
+    told = read_json(tmp_path / "told" / "config.json")
+    assert told["law_sha256"] == law.sha256 and told["scale"] == fit_scale(small_data.part("train"))
+    assert "told the law" in (tmp_path / "told" / "README.md").read_text()
+    assert load_run(tmp_path / "told").settings == settings
+    plain = settings_sha256(settings, small_data, told["base_sha256"])
+    assert told["settings_sha256"] == settings_sha256(settings, small_data, told["base_sha256"], law.sha256) != plain
+
+
+def test_a_run_that_is_told_the_law_resumes_to_the_bit_and_under_that_law_only(train, law, tmp_path, stop_in_step_six):
+    whole = train(QUICK, tmp_path / "whole", law=law)
+    stop_in_step_six(tmp_path / "stopped", law=law)
+    with pytest.raises(UserError, match=r"law [0-9a-f]{12} then, none now"):
+        train(QUICK, tmp_path / "stopped", resume=True)
+    resumed = train(QUICK, tmp_path / "stopped", resume=True, law=law)
+    assert _same(_weights(whole.model), _weights(resumed.model))
+    assert whole.history[STEADY].equals(resumed.history[STEADY])
+
+
+def test_hashes_of_recorded_runs_are_what_they_were():
+    folder = EMBEDDED_BASE.parent / "extended"
+    config = read_json(folder / "config.json")
+    assert settings_sha256(STAGES["extended"], load_dataset(), config["base_sha256"]) == config["settings_sha256"]
 
 
 def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, stop_after_a_save):

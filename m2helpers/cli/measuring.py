@@ -132,6 +132,55 @@ class Calibrate:
         print(f"{path}: written")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Compute the best possible forecasts of P5's windows, from the law of the data, and how far the shipped runs are from them."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Part of the data."""
+    context: Annotated[int | None, arg(metavar="S", help_behavior_hint="(default: 128, 512 and 768)")] = None
+    """Tokens of context."""
+    limit: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Only the first N windows of each length."""
+    json: OptionalFile = None
+    """Write the floor's rows there."""
+    data: DataFile = DATA_FILE
+
+    def __call__(self) -> None:
+        from dataclasses import asdict
+
+        from ..data import load_dataset
+        from ..evaluation.floor import bayes_gap, floor, floor_row
+        from ..evaluation.protocols import P5_CONTEXTS
+        from ..evaluation.scores import from_json
+        from ..paths import EMBEDDED_BASE
+        from ..simulator import law_of
+        from ..text import Codec, fit_scale
+
+        dataset = load_dataset(self.data)
+        law, codec = law_of(dataset), Codec(fit_scale(dataset.part("train")))
+        rows = []
+        for context in [self.context] if self.context else P5_CONTEXTS:
+            found = floor(dataset, codec, law, context, split=self.split, limit=self.limit)
+            rows.append(row := floor_row(dataset, codec, context, found, self.split))
+            print(
+                f"S = {context}: MAE {row.mae:.4f} ({row.ci_mae[0]:.4f}-{row.ci_mae[1]:.4f}), unrounded {row.mae_stored:.5f}, "
+                f"CRPS {row.crps:.5f}, coverage {row.coverage_80:.1%}; {row.n_mixed} of {row.n} windows mixed"
+            )
+        if self.json:
+            write_json(self.json, [asdict(row) for row in rows])
+        records = {
+            path.parent.name: from_json(read_json(path)) for path in sorted(EMBEDDED_BASE.parent.glob("*/metrics.json"))
+        }
+        records = {
+            name: kept
+            for name, results in records.items()
+            if (kept := [r for r in results if (r.split, r.data_sha256) == (self.split, dataset.sha256)])
+        }
+        if len(gaps := bayes_gap(records, rows)):
+            print(gaps.to_string(index=False, float_format="{:.4g}".format))
+
+
 def _calibration_file(model: str, run: Path | None) -> Path:
     """Beside a run's, or a base's, weights."""
     folder = find_run(run) if run else find_base(model, weights=False)

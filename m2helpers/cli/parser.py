@@ -13,7 +13,8 @@ import tyro
 from .accounts import Flops, Spent
 from .data import Encode, Simulate
 from .forecast import Backtest, Forecast
-from .measuring import Calibrate, Evaluate
+from .instruct import Instruct
+from .measuring import Calibrate, Evaluate, Floor
 from .options import REGISTRY
 from .pages import Bench, FillReadme
 from .training import Experiments, Export, Pretrain, Sweep, Train
@@ -25,10 +26,12 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "encode": Encode,
     "pretrain": Pretrain,
     "train": Train,
+    "instruct": Instruct,
     "sweep": Sweep,
     "experiments": Experiments,
     "evaluate": Evaluate,
     "calibrate": Calibrate,
+    "floor": Floor,
     "forecast": Forecast,
     "backtest": Backtest,
     "export": Export,

@@ -49,7 +49,8 @@ class Outlook:
     @property
     def distribution(self) -> Distribution:
         """Of the steps ahead: the paths, each value spread over the numbers that round to it."""
-        spread = np.maximum(self.resolution, 1e-9 * np.maximum(1e-300, np.nanmax(np.abs(self.paths), initial=0.0)))
+        points = 1e-9 * np.nanmax(np.abs(self.paths), initial=1e-300)  # as narrow as makes no difference
+        spread = np.where(np.asarray(self.resolution) > 0, self.resolution, points)
         return Distribution.from_paths(self.paths, spread, self.level)
 
     @property
