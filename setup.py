@@ -19,6 +19,8 @@ SHIPPED = (
     "data/lotka_volterra_data.h5",
     "data/instructions/*.jsonl",
     "data/baselines/*-39f17ee6eb7b17fd.npz",  # of that data: the ODE fits take minutes
+    "data/law/39f17ee6eb7b17fd.json",
+    "data/floor/*-39f17ee6eb7b17fd.npz",
     "docs/*.json",
 )
 

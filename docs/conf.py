@@ -83,9 +83,9 @@ def _visit_block(translator, node) -> None:
 
 
 def _link_to_pages(app, docname, source) -> None:
-    """Notebooks stand in notebooks/ beside docs/, and here inside it: their links to pages lose that step."""
+    """Notebooks stand in notebooks/ beside docs/, and here inside it: links to pages lose a step, diagrams stay there."""
     if docname.startswith("notebooks/"):
-        source[0] = source[0].replace("](../docs/", "](../")
+        source[0] = source[0].replace("](../docs/", "](../").replace("](diagrams/", "](../../notebooks/diagrams/")
 
 
 def _keep_colons(app, what, name, obj, options, lines) -> None:

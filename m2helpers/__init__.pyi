@@ -17,6 +17,8 @@ from .lora import unmerge as unmerge
 from .models import Base as Base
 from .models import add_head_bias as add_head_bias
 from .models import load_base as load_base
+from .outlooks import backtest as backtest
+from .outlooks import forecast_frame as forecast_frame
 from .runs import Run as Run
 from .runs import load_run as load_run
 from .series import read_series as read_series

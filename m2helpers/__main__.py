@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .cli.parser import Command, help_text, parse
-from .files import UserError, check_writable
+from .files import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,6 @@ def _run(name: str, command: Command) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: tell(message)
-            for flag in ("out", "json", "csv"):  # before anything is computed or charged
-                if (path := getattr(command, flag, None)) is not None:
-                    check_writable(path)
             command()
         sys.stdout.flush()
     except UserError as error:

@@ -41,10 +41,16 @@ EMBEDDED_BASE = ROOT / _BASE
 DATA_FILE = ROOT / "data" / "lotka_volterra_data.h5"
 INSTRUCTIONS = ROOT / "data" / "instructions"
 SHIPPED_BASELINES = ROOT / "data" / "baselines"
+SHIPPED_LAWS = ROOT / "data" / "law"
+SHIPPED_FLOORS = ROOT / "data" / "floor"
 SHIPPED_BENCHMARKS = ROOT / "docs" / "benchmarks.json"
+SHIPPED_CLASSICS = ROOT / "docs" / "classic_series.json"
 CHECKPOINTS = HOME / "checkpoint"
 BASELINE_CACHE = HOME / "data" / "baselines"
+LAW_CACHE = HOME / "data" / "law"
+FLOOR_CACHE = HOME / "data" / "floor"
 BENCHMARKS = HOME / "docs" / "benchmarks.json"
+CLASSICS = HOME / "docs" / "classic_series.json"
 
 
 def find_base(name: str, *, weights: bool = True) -> Path | None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypedDict, TypeVar, cast
+from typing import Any, NotRequired, ParamSpec, TypedDict, TypeVar, cast
 
 import pandas as pd
 import torch
@@ -31,6 +31,7 @@ from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_
 from .models import Base, load_base
 from .paths import find_run
 from .settings import Recorded, Setting, TrainSettings, canonical, changes
+from .simulator import Law
 from .text import Codec, numeric_tokens
 
 CONFIG_NAME = "config.json"
@@ -48,7 +49,7 @@ class RunConfig(TypedDict):
     data_sha256: str
     base_sha256: str
     settings_sha256: str
-    """Over the three before: tells two runs apart."""
+    """Over the three before, and the law's hash: tells two runs apart."""
     stage: str
     """Part of the plan that the run belongs to."""
     base: str
@@ -60,6 +61,8 @@ class RunConfig(TypedDict):
     """The fields of a `Codec`."""
     versions: dict[str, str]
     """Of Python, torch and transformers."""
+    law_sha256: NotRequired[str]
+    """Of the law that its training series were drawn from, where they are not the training split's."""
 
 
 @dataclass(frozen=True)
@@ -145,19 +148,23 @@ def load_adapted(name: str | None, folder: Path) -> Base:
     return replace(base, run=folder.resolve().name, stage="adapter", settings_sha256=sha256_json(identity))
 
 
-def settings_sha256(settings: TrainSettings, dataset: Dataset, base_sha256: str) -> str:
-    """The hash that tells two runs apart: of settings, data and base; no paths, devices or versions."""
+def settings_sha256(settings: TrainSettings, dataset: Dataset, base_sha256: str, law_sha256: str | None = None) -> str:
+    """The hash that tells two runs apart: of settings, data, base and, where there is one, law; no paths, devices or versions."""
     identity = {"settings": canonical(settings), "data_sha256": dataset.sha256, "base_sha256": base_sha256}
+    if law_sha256:
+        identity["law_sha256"] = law_sha256
     return sha256_json(identity)
 
 
-def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str) -> RunConfig:
+def describe(
+    base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, stage: str, law: Law | None = None
+) -> RunConfig:
     """What ``config.json`` will hold."""
-    return {
+    config: RunConfig = {
         "settings": canonical(settings),
         "data_sha256": dataset.sha256,
         "base_sha256": base.sha256,
-        "settings_sha256": settings_sha256(settings, dataset, base.sha256),
+        "settings_sha256": settings_sha256(settings, dataset, base.sha256, law.sha256 if law else None),
         "stage": stage,
         "base": base.recorded_name,
         "data": Path(dataset.path).name,
@@ -169,6 +176,9 @@ def describe(base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec
             "transformers": transformers.__version__,
         },
     }
+    if law:
+        config["law_sha256"] = law.sha256
+    return config
 
 
 @contextmanager
@@ -255,6 +265,7 @@ def _all_changes(before: RunConfig, after: RunConfig) -> str:
         then["data"], now["data"] = (f"{config['data']} ({config['data_sha256'][:12]}…)" for config in (before, after))
     if before["base_sha256"] != after["base_sha256"]:
         then["base"], now["base"] = (f"{config['base']} ({config['base_sha256'][:12]}…)" for config in (before, after))
+    then["law"], now["law"] = (config.get("law_sha256", "none")[:12] for config in (before, after))
     return changes(then, now)
 
 
@@ -271,9 +282,14 @@ def finish(folder: Path, history: pd.DataFrame, config: RunConfig, settings: Tra
     delete_state(folder)
 
 
+_TOLD = """its training series are no recorded ones, but simulated without end from the equations of the data, with
+parameters drawn from a distribution fitted to the training split. Do not compare it with runs that see that split alone."""
+
+
 def _model_card(name: str, history: pd.DataFrame, config: RunConfig, counts: dict[str, int]) -> str:
     settings, best = config["settings"], history.loc[history["val_loss"].idxmin()]
     rows = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items())
+    law = f"\n\n**It is told the law**: {_TOLD}" if "law_sha256" in config else ""
     return f"""---
 library_name: peft
 base_model: {config["base"]}
@@ -282,7 +298,7 @@ base_model: {config["base"]}
 
 Trained by this project to forecast predator–prey series written as LLMTime text (data `{config["data"]}`,
 SHA-256 {config["data_sha256"][:16]}…; base SHA-256 {config["base_sha256"][:16]}…). Text is value × {config["scale"]:.6g},
-{config["codec"]["precision"]} decimals. Load it with `m2helpers.load_run`, or with `peft` on the base with its head bias added.
+{config["codec"]["precision"]} decimals. Load it with `m2helpers.load_run`, or with `peft` on the base with its head bias added.{law}
 
 | | |
 |---|---|

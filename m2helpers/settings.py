@@ -241,6 +241,10 @@ class TrainSettings(LoraSettings):
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+AMORTISED = "amortised"
+"""A stage that stands apart from `STAGES`: it trains on series simulated from the law that is fitted to the training split."""
+
+
 @dataclass(frozen=True)
 class InstructSettings(LoraSettings):
     """What fixes an instruction-tuning run, together with the rows and the base. The defaults are those of common QLoRA recipes."""

@@ -79,6 +79,11 @@ class Codec:
         """Every character that encoded text can hold."""
         return "0123456789.-" + self.variable_separator + self.step_separator
 
+    @property
+    def resolution(self) -> float:
+        """How far apart two neighbouring numbers of the text are, in the units of the series."""
+        return 10.0**-self.precision / self.scale
+
     def shortest_step(self, n_variables: int) -> int:
         """Characters in the shortest possible step: 10 for two variables at precision 2 (``0.00,0.00;``)."""
         return n_variables * (2 + (self.precision + 1 if self.precision else 0))
@@ -104,7 +109,7 @@ class Codec:
         series = np.asarray(values, dtype=np.float64)
         if series.ndim != 2 or series.shape[1] == 0:
             raise UserError(f"a series of shape {series.shape} cannot be encoded: give (steps, variables)")
-        scaled = np.round(series * self.scale, self.precision) + 0.0  # adding 0.0 turns -0.0 into 0.0
+        scaled = self._on_the_grid(series)
         limit = 10**self.max_integer_digits
         bad = ~(np.abs(scaled) < limit)  # written so that NaN is caught too
         if bad.any():
@@ -116,6 +121,13 @@ class Codec:
         between, after = (s.replace("%", "%%") for s in (self.variable_separator, self.step_separator))
         step = between.join([f"%.{self.precision}f"] * series.shape[1]) + after
         return "".join(step % tuple(row) for row in scaled.tolist())
+
+    def rounded(self, values: ArrayLike) -> np.ndarray:
+        """What is left of numbers once they are written: values of any shape, in the units of the series, on the text's grid."""
+        return self._on_the_grid(np.asarray(values, dtype=np.float64)) / self.scale
+
+    def _on_the_grid(self, values: np.ndarray) -> np.ndarray:
+        return np.round(values * self.scale, self.precision) + 0.0  # adding 0.0 turns -0.0 into 0.0
 
     def decode(self, text: str, n_variables: int) -> Decoded:
         """Read the whole steps at the start of a text; stop at the first character that breaks the grammar.

@@ -26,7 +26,7 @@ from .engine.loop import run_steps
 from .engine.losses import head_loss, refuse_nan
 from .engine.resume import State, load_state, save_state
 from .engine.tracking import Log, tracked
-from .engine.windows import augmented_window, pick, text_windows
+from .engine.windows import augmented_window, endless_series, pick, text_windows
 from .files import UserError, write_json
 from .flops.costs import BatchCost, Cost, batch_costs
 from .ledger import Bill, Ledger, Spender, default_ledger, spender_of
@@ -34,6 +34,7 @@ from .lora import apply_lora, trainable_parameters
 from .models import Base, mixed_precision
 from .runs import check_folder, describe, finish, one_writer
 from .settings import STAGES, TrainSettings
+from .simulator import Law
 from .text import Codec, fit_scale, numeric_tokens, right_pad
 
 
@@ -79,6 +80,7 @@ def train_lora(
     output_dir: Path | None = None,
     *,
     stage: str = "trial",
+    law: Law | None = None,
     resume: bool = False,
     progress: bool = True,
     track: str | None = None,
@@ -96,6 +98,8 @@ def train_lora(
         The run folder. Without one, nothing is written.
     stage : str
         Part of the plan that the run belongs to, for the ledger.
+    law : Law, optional
+        Train on systems drawn from it without end, and not on the training split, whose scale is kept all the same.
     resume : bool
         Resume from the last save in `output_dir`.
     progress : bool
@@ -125,9 +129,9 @@ def train_lora(
         raise UserError("track needs the output_dir of the run")
     name = folder.resolve().name if folder else "unsaved"
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
-    config = describe(base, dataset, settings, codec, stage)
+    config = describe(base, dataset, settings, codec, stage, law)
     check_folder(folder, config, resume)
-    work = Training(base, dataset, settings, codec)
+    work = Training(base, dataset, settings, codec, law)
     if folder and resume:
         work.state = load_state(folder, work.parameters, work.optimizer, TrainState, work.best)
     elif folder:
@@ -148,12 +152,14 @@ def train_lora(
 class Training:
     """A run in hand: what it trains, and where it stands."""
 
-    def __init__(self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec) -> None:
-        self.base, self.settings = base, settings
+    def __init__(
+        self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, law: Law | None = None
+    ) -> None:
+        self.base, self.settings, self.law = base, settings, law
         self.codec, self.series = codec, dataset.part("train")
         self.train = text_windows(self.series, codec, base.tokenizer, settings.max_length)
-        augmented = settings.rescale or settings.random_start
-        self.longest = settings.max_length if augmented else max(map(len, self.train))  # no batch costs more
+        self.augmented = bool(settings.rescale or settings.random_start or law)
+        self.longest = settings.max_length if self.augmented else max(map(len, self.train))  # no batch costs more
         validation = text_windows(dataset.part("validation"), codec, base.tokenizer, settings.max_length)
         chosen = np.random.default_rng(0).permutation(len(validation))[: settings.eval_windows]
         self.validation = [validation[i] for i in chosen]
@@ -212,11 +218,15 @@ class Training:
         return spent
 
     def window(self, place: int) -> np.ndarray:
-        """The training window at a place in an endless row of shuffled epochs: its token ids."""
+        """The training window at a place in an endless row, of shuffled epochs or of systems drawn from the law: its token ids."""
         settings = self.settings
-        if settings.rescale or settings.random_start:
-            return augmented_window(self.series, place, settings, self.codec, self.base.tokenizer)
-        return self.train[pick(settings.seed, place, len(self.train))]
+        if not self.augmented:
+            return self.train[pick(settings.seed, place, len(self.train))]
+        if self.law:
+            values = endless_series(self.law, settings.seed, place)
+        else:
+            values = self.series[pick(settings.seed, place, len(self.series))]
+        return augmented_window(values, place, settings, self.codec, self.base.tokenizer)
 
     def validate(self, asked_to_stop: Callable[[], bool], bill: Bill | None = None) -> None:
         """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""

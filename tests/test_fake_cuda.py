@@ -207,6 +207,7 @@ def test_a_base_moves_whole_and_its_head_bias_stays_float32(dtype, tiny_base, cu
         assert model.lm_head.bias.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(), dict(temperature=1.0, seed=3), dict(constrained=True), dict(constrained=True, temperature=1.0)],
@@ -227,6 +228,7 @@ def test_forecasts_are_those_of_the_cpu(options, tiny_base, codec, small_data, c
         assert found() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -295,6 +297,7 @@ def test_the_loss_of_a_head_and_its_slopes(characters, cuda, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found("cuda"), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_pretraining_is_that_of_the_cpu(cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BLOCK", 8)
     for module in (batches, pretraining):

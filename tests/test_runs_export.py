@@ -26,6 +26,7 @@ def exported(tiny_folder, small_data, tmp_path_factory):
     return folder / "run", folder / "plain"
 
 
+@pytest.mark.slow
 def test_generate_writes_what_we_write(exported):
     run, folder = load_run(exported[0]), exported[1]
     contexts = ["1.16,1.27;0.90,0.95;", "2.50,0.31;2.62,0.30;2.7"]

@@ -120,6 +120,7 @@ def test_every_setting_says_what_it_is():
             assert all(text.endswith(".") and text[0] == text[0].upper() and "`" not in text for text in said), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings", "experiments.planning"])
 def test_it_is_read_without_torch(name):
     code = f"import sys, m2helpers.{name}; sys.exit('torch' in sys.modules)"

@@ -85,6 +85,7 @@ def _one_by_one(base, codec, context, n_steps, n_variables):
     return text[len(context) :]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("precision", [0, 2])
 def test_constrained_decoding_is_masked_decoding(tiny_base, precision):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2ForCausalLM, Qwen3Config
 
 from m2helpers import training
+from m2helpers.data import load_dataset
 from m2helpers.engine.loop import Stopped
 from m2helpers.engine.losses import CHUNK, Diverged
 from m2helpers.engine.windows import pick, text_windows
@@ -26,8 +27,10 @@ from m2helpers.forecasting import forecast
 from m2helpers.ledger import CapReached, Ledger
 from m2helpers.lora import lora_layers, parameter_report, trainable_parameters
 from m2helpers.models import Base, add_head_bias, embedded_config, embedded_tokenizer, load_base
-from m2helpers.runs import load_run
+from m2helpers.paths import EMBEDDED_BASE
+from m2helpers.runs import load_run, settings_sha256
 from m2helpers.settings import STAGES, TrainSettings
+from m2helpers.simulator import Law, SimulatorSettings, draw_parameters
 from m2helpers.text import Codec, fit_scale, numeric_tokens
 from m2helpers.training import train_lora
 
@@ -65,7 +68,7 @@ def train(tiny_base, small_data):
 def stop_in_step_six(train, monkeypatch):
     """Trains into a folder and is interrupted in step 6, between two saves."""
 
-    def stopped(folder):
+    def stopped(folder, **options):
         steps, loss = [], training._loss
 
         def stop(base, batch, *rest):
@@ -76,7 +79,7 @@ def stop_in_step_six(train, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(training, "_loss", stop)
-            train(QUICK, folder)
+            train(QUICK, folder, **options)
 
     return stopped
 
@@ -122,6 +125,7 @@ def test_another_setting_gives_another_result(train, run, change):
     assert not _same(_weights(train(replace(QUICK, **change)).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_base):
     result = train(replace(QUICK, max_steps=24, eval_steps=4, learning_rate=3e-2))
     assert result.history["val_loss"].iloc[-1] < 0.9 * result.history["val_loss"].iloc[0]
@@ -132,6 +136,7 @@ def test_training_lowers_the_loss_and_changes_only_what_is_trained(train, tiny_b
     assert result.model.lm_head.bias.any() and all(x.lora_B.weight.any() for _, x in lora_layers(result.model))
 
 
+@pytest.mark.slow
 def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_path, stop_after_a_save, monkeypatch):
     """Worked out again from the weights after every step; a stop in between changes nothing."""
     trained, judged = {0: [], 0.5: []}, []
@@ -306,6 +311,7 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, stop_after_a_save, mon
     assert _same(_weights(load_run(tmp_path, merged=False).base.model), seen[0])
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
     """The updates and the bias stay in float32, move, and bring about what they do on a float32 base."""
     results = {
@@ -337,7 +343,7 @@ def ledger(tmp_path, monkeypatch):
 
     def use(cap=CAP):
         opened = Ledger(tmp_path / "ledger.sqlite", cap)
-        for module in ("training", "forecasting"):
+        for module in ("training", "forecasting.generation"):
             monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: opened)
         return opened
 
@@ -378,11 +384,12 @@ def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
     assert [e["flops"] for e in entries if e["kind"] == "train"] == [sum(costs[:3]), sum(costs[3:])]
 
 
+@pytest.mark.slow
 def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     """The cap leaves room for the first save interval and not for the second."""
     train(QUICK, tmp_path / "whole")
     first = sum(e["flops"] for e in ledger().entries()[:2])
-    ledger().path.unlink()
+    ledger().where.unlink()
     small = ledger(int(1.6 * first))
     folder = tmp_path / "run"
     with pytest.raises(
@@ -397,6 +404,7 @@ def test_at_the_cap_a_run_stops_and_can_go_on(train, run, tmp_path, ledger):
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 def test_repeated_steps_are_charged_again(train, tmp_path, ledger, stop_in_step_six):
     """Stopped in step 6: steps 4 and 5 are on the bill, and once more after the resume."""
     stop_in_step_six(tmp_path / "run")
@@ -503,6 +511,7 @@ def test_a_model_is_not_overwritten(train, tiny_folder, tmp_path):
     assert (model / "config.json").read_bytes() == (tiny_folder / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
@@ -512,6 +521,45 @@ def test_a_run_knows_its_base_from_any_directory(tiny_folder, small_data, tmp_pa
     assert read_json(tmp_path / "run" / "adapter_config.json")["base_model_name_or_path"] == str(
         tmp_path / "models" / "tiny"
     )
+
+
+@pytest.fixture
+def law():
+    return Law(draw_parameters(SimulatorSettings(systems=30)).to_numpy(), 2.0, 20)
+
+
+def test_a_run_that_is_told_the_law_trains_on_no_recorded_series(train, law, small_data, tmp_path, monkeypatch):
+    settings = replace(QUICK, random_start=True)
+    seen, window = [], training.augmented_window
+    monkeypatch.setattr(
+        training, "augmented_window", lambda values, *rest: seen.append(values) or window(values, *rest)
+    )
+    train(settings, tmp_path / "told", law=law)
+    recorded = {values.tobytes() for values in small_data.part("train")}
+    assert len({values.tobytes() for values in seen}) == len(seen) == settings.max_steps * settings.batch_size
+    assert not recorded & {values.tobytes() for values in seen}
+    told = read_json(tmp_path / "told" / "config.json")
+    assert told["law_sha256"] == law.sha256 and told["scale"] == fit_scale(small_data.part("train"))
+    assert "told the law" in (tmp_path / "told" / "README.md").read_text()
+    assert load_run(tmp_path / "told").settings == settings
+    plain = settings_sha256(settings, small_data, told["base_sha256"])
+    assert told["settings_sha256"] == settings_sha256(settings, small_data, told["base_sha256"], law.sha256) != plain
+
+
+def test_a_run_that_is_told_the_law_resumes_to_the_bit_and_under_that_law_only(train, law, tmp_path, stop_in_step_six):
+    whole = train(QUICK, tmp_path / "whole", law=law)
+    stop_in_step_six(tmp_path / "stopped", law=law)
+    with pytest.raises(UserError, match=r"law [0-9a-f]{12} then, none now"):
+        train(QUICK, tmp_path / "stopped", resume=True)
+    resumed = train(QUICK, tmp_path / "stopped", resume=True, law=law)
+    assert _same(_weights(whole.model), _weights(resumed.model))
+    assert whole.history[STEADY].equals(resumed.history[STEADY])
+
+
+def test_hashes_of_recorded_runs_are_what_they_were():
+    folder = EMBEDDED_BASE.parent / "extended"
+    config = read_json(folder / "config.json")
+    assert settings_sha256(STAGES["extended"], load_dataset(), config["base_sha256"]) == config["settings_sha256"]
 
 
 def test_a_stopped_run_is_resumed_with_its_own_settings_only(train, tmp_path, stop_after_a_save):
@@ -606,6 +654,7 @@ def windows_read(monkeypatch):
     return read
 
 
+@pytest.mark.slow
 def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
     codec = Codec(fit_scale(small_data.part("train")))
     work = training.Training(tiny_base(), small_data, QUICK, codec)
@@ -648,6 +697,7 @@ def test_the_stages_are_those_of_the_design():
 SIZES = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, settings",
     [
@@ -758,6 +808,7 @@ def test_activation_checkpointing_runs_a_layer_forward_once_more(tiny_base, smal
     assert len(passes) == 1 + checkpointing
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
     """What is learned is the same, at the price of the second forward pass."""
     result = train(replace(QUICK, gradient_checkpointing=1))
@@ -778,6 +829,7 @@ def test_the_numeric_head_scores_the_right_characters(tiny_base, small_data):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_data):
     """It costs less, and learns the same text: a bias moves for those characters only."""
     full, numeric = train(), train(replace(QUICK, numeric_head=1))
@@ -802,6 +854,7 @@ class _Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
     """The logits of one chunk are the largest there is, in a training step and in a validation."""
     vocabulary = 4096

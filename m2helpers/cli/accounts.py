@@ -131,6 +131,7 @@ class Spent:
         import pandas as pd
 
         from ..ledger import COLUMNS, ledger_note, ledger_path, read_ledger
+        from ..ledger.stores import without_password
 
         path = ledger_path(self.model)
         report = read_ledger(path)
@@ -140,7 +141,9 @@ class Spent:
         if self.csv:
             write_text(self.csv, entries.to_csv(index=False))
         spent = f"{report['spent']:.4g} FLOPs spent or reserved" if len(entries) else "nothing has been spent yet"
-        print(f"{path}{ledger_note(self.model, path)}: {spent}, {report['left']:.4g} left of {report['cap']:.0e}")
+        print(
+            f"{without_password(str(path))}{ledger_note(self.model, path)}: {spent}, {report['left']:.4g} left of {report['cap']:.0e}"
+        )
         if len(entries):
             table = entries.groupby(["stage", "run", "kind"], sort=False)[["tokens", "flops", "flops_course"]].sum()
             table["share of the cap"] = (table["flops"] / report["cap"]).map("{:.4%}".format)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..files import write_json, write_text
+from ..files import UserError, check_writable, write_json, write_text
 from ..paths import DATA_FILE
 from .options import DataFile, File, Flag, Folder
 
@@ -26,10 +26,15 @@ class Simulate:
     """Classic Lotka-Volterra: no saturation, no damping."""
     seed: _AsShipped = None
     """Seed of the draw of parameters."""
+    overwrite: Flag = False
+    """Replace --out if it exists."""
 
     def __call__(self) -> None:
         from ..simulator import SimulatorSettings, simulate, write_dataset
 
+        if self.out.is_file() and not self.overwrite:
+            raise UserError(f"--out {self.out}: exists; give another name, or --overwrite to replace it")
+        check_writable(self.out)
         shipped = SimulatorSettings()
         settings = SimulatorSettings(
             systems=shipped.systems if self.systems is None else self.systems,

@@ -105,8 +105,7 @@ class Forecast(_OwnTable):
             raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
         table = self.read()
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
-        from ..frames import wide_frame
-        from ..outlooks import forecast_table
+        from ..outlooks import forecast_table, wide_frame
 
         made = forecast_table(
             base,
@@ -146,7 +145,7 @@ class Backtest(_OwnTable):
             refuse_output(self.out, self.file)
         table = self.read()
         base, run, _ = load_target(self.model, self.run, self.adapter, constrained=True)
-        from ..frames import forecast_held_back, scores
+        from ..outlooks import forecast_held_back, scores
 
         made = forecast_held_back(
             base,

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..paths import BENCHMARKS, DATA_FILE
+from ..files import check_writable
+from ..paths import BENCHMARKS, CLASSICS, DATA_FILE
 from .options import DataFile
 
 
@@ -16,10 +17,10 @@ from .options import DataFile
 class Bench:
     """The benchmarks the site quotes, side by side with the alternative."""
 
-    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded", "threads"]]
+    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded", "threads", "classic"]]
     """Which benchmark."""
-    json: Annotated[Path, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = BENCHMARKS
-    """Record to put it into."""
+    json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = None
+    """Record to put it into; that of `classic`, public series forecast beside ARIMA, ETS and simple methods, is one of its own."""
     data: DataFile = DATA_FILE
 
     def __call__(self) -> None:
@@ -28,9 +29,23 @@ class Bench:
         from ..data import load_dataset
         from ..experiments.bench import run_benchmark
 
-        entry = run_benchmark(self.name, load_dataset(self.data), self.json)
+        record = self.json or (CLASSICS if self.name == "classic" else BENCHMARKS)
+        check_writable(record)
+        if self.name == "classic":
+            self._classic(record)
+            return
+        entry = run_benchmark(self.name, load_dataset(self.data), record)
         print(entry["about"], entry["machine"], sep="\n")
         print(pd.DataFrame(entry["rows"]).drop(columns="times").to_string(index=False, float_format="{:.4g}".format))
+
+    def _classic(self, path: Path) -> None:
+        from ..experiments.classic import compare_classics, record_classics
+        from ..models import load_base
+
+        base = load_base()
+        for row in record_classics(base, compare_classics(base), path):
+            print(row["series"], *(f"{method} {error}" for method, error in row["errors"].items()), sep="; ")
+        print(f"{path}: written")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from .accounts import Flops, Spent
 from .data import Encode, Simulate
 from .forecast import Backtest, Forecast
 from .instruct import Instruct
-from .measuring import Evaluate
+from .measuring import Calibrate, Evaluate, Floor
 from .options import REGISTRY
 from .pages import Bench, FillReadme
 from .training import Experiments, Export, Pretrain, Sweep, Train
@@ -30,6 +30,8 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "sweep": Sweep,
     "experiments": Experiments,
     "evaluate": Evaluate,
+    "calibrate": Calibrate,
+    "floor": Floor,
     "forecast": Forecast,
     "backtest": Backtest,
     "export": Export,

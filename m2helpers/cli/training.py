@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from ..files import UserError
 from ..paths import DATA_FILE, own_folder
-from ..settings import STAGES, PretrainSettings, TrainSettings, default_model
+from ..settings import AMORTISED, STAGES, PretrainSettings, TrainSettings, default_model
 from .options import BaseName, DataFile, Flag, Folder, Track, changed, flags_of, one_of, show
 
 
@@ -70,8 +70,8 @@ class Train:
 
     output_dir: Folder
     """Folder of the run."""
-    stage: Annotated[str, one_of(tuple(STAGES))] = "initial"
-    """Stage of the base's plan whose settings to start from."""
+    stage: Annotated[str, one_of((*STAGES, AMORTISED))] = "initial"
+    """Stage of the base's plan whose settings to start from; amortised trains on series simulated from the data's fitted law."""
     resume: Flag = False
     """Continue a run that was stopped, from its last save."""
     track: Track = None
@@ -83,18 +83,20 @@ class Train:
         from ..data import load_dataset
         from ..experiments.planning import plan_of
         from ..models import load_base
+        from ..simulator import law_of
         from ..training import train_lora
 
         planned = getattr(plan_of(self.model), self.stage)  # learning rates that suit the base
         if planned is None:
             raise UserError(f"--stage {self.stage}: the plan of {self.model} has no such run; give initial or final")
-        settings = changed(planned, self.settings)
+        settings, dataset = changed(planned, self.settings), load_dataset(self.data)
         result = train_lora(
             load_base(self.model),
-            load_dataset(self.data),
+            dataset,
             settings,
             self.output_dir,
             stage=self.stage,
+            law=law_of(dataset) if self.stage == AMORTISED else None,
             resume=self.resume,
             track=self.track,
         )

@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import Context
+from .prefix import LEAN, Prefix
 
-LEAN = "lean"
 BLOCK = 128  # queries that meet the keys in one product
 
 
@@ -96,6 +96,8 @@ def lean_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    prefix: Prefix | None = None,
     **options: Any,  # of `transformers`, handed on as they come
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of heads that share keys (Ainslie et al., *GQA*, 2023); where that gains nothing, `transformers`' own.
@@ -105,12 +107,19 @@ def lean_attention(
     query : (batch, heads, new tokens, head dimension)
     key, value : (batch, key-value heads, all tokens, head dimension)
     attention_mask : bool (batch, 1, new tokens, all tokens), optional
+    prefix : Prefix, optional
+        What comes before `key` and `value` in each row, where several rows share it.
 
     Returns
     -------
     (batch, new tokens, heads, head dimension), and no weights.
     """
     (batch, heads, new, dim), (shared, length) = query.shape, key.shape[1:3]
+    if prefix is not None:
+        scale, layer = dim**-0.5 if scaling is None else scaling, module.layer_idx
+        assert isinstance(layer, int)  # a module's own attributes pass for tensors
+        out = prefix.attend(layer, query * scale, key, value, attention_mask)
+        return out.to(query.dtype).transpose(1, 2).contiguous(), None
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     one_mask = attention_mask is None or attention_mask.shape[1] == 1

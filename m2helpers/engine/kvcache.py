@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,19 @@ SPARE = 64  # tokens of room beyond what is needed
 class _RoomyLayer(DynamicLayer):
     """One layer's keys and values, written into room that is made for many tokens at once: (rows, heads, room, dimension).
 
-    `keys` and `values` are what is filled of it.
+    `keys` and `values` are what is filled of it, kept in `kept_as` if that is given.
     """
+
+    def __init__(self, kept_as: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.kept_as = kept_as
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each (rows, key-value heads, new tokens, head dimension) → the same of all tokens so far."""
+        if self.kept_as:
+            key_states, value_states = key_states.to(self.kept_as), value_states.to(self.kept_as)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._room = [x[:, :, :0] for x in (key_states, value_states)]
@@ -41,7 +48,14 @@ class _RoomyLayer(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[2]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._move(indices, self._room[0].shape[2])
+        if self.is_initialized:  # a row may stand more than once
+            self._move(indices, self._room[0].shape[2])
+
+    def branch(self, rows: torch.Tensor) -> _RoomyLayer:
+        """Some of the rows in a layer of their own; this one stays as it is."""
+        twin = copy.copy(self)  # a move makes new room and leaves the old alone
+        twin.batch_select_indices(rows)
+        return twin
 
     def _move(self, rows: torch.Tensor | slice, length: int) -> None:
         filled = self._filled
@@ -68,10 +82,10 @@ def _room(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     return room
 
 
-def make_cache(config: PreTrainedConfig) -> Cache:
+def make_cache(config: PreTrainedConfig, kept_as: torch.dtype | None = None) -> Cache:
     """An empty cache; layers with a sliding window keep the one `transformers` gives them."""
     cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_RoomyLayer(kept_as) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -79,16 +93,36 @@ def joined(caches: Sequence[Cache]) -> Cache:
     """One cache with the rows of several that `make_cache` made and that hold as many tokens each."""
     first, *others = caches
     if others:
-        for layer, *more in zip(*map(_roomy_layers, caches), strict=True):
+        for layer, *more in zip(*map(plain_layers, caches), strict=True):
             layer.add_rows(more)
     return first
+
+
+def branched(cache: Cache, rows: torch.Tensor) -> Cache:
+    """A cache with some rows of another, in any order, each as often as it stands; the other stays as it is."""
+    twin = copy.copy(cache)
+    twin.layers = []
+    for layer in cache.layers:
+        if isinstance(layer, _RoomyLayer):
+            twin.layers.append(layer.branch(rows))
+        else:
+            layer = copy.deepcopy(layer)
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]  # layers of attention have it
+            twin.layers.append(layer)
+    return twin
 
 
 def rows_at_once(config: PreTrainedConfig, length: int) -> int:
     """How many prompts of some length to read in one pass: few, since large tensors are slow to allocate; all, if need be."""
     cache = make_cache(config)
-    return max(1, PREFILL_TOKENS // length) if len(_roomy_layers(cache)) == len(cache.layers) else 10**9
+    return max(1, PREFILL_TOKENS // length) if len(plain_layers(cache)) == len(cache.layers) else 10**9
 
 
-def _roomy_layers(cache: Cache) -> list[_RoomyLayer]:
+def plain_layers(cache: Cache) -> list[_RoomyLayer]:
+    """The layers of a cache that keep all tokens."""
     return [layer for layer in cache.layers if isinstance(layer, _RoomyLayer)]
+
+
+def filled(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer that keeps all tokens, (rows, heads, tokens, dimension), once something was read."""
+    return [(x.keys, x.values) for x in plain_layers(cache) if x.keys is not None and x.values is not None]

@@ -39,7 +39,7 @@ class Work(Protocol):
         """Steps between saves."""
 
     def interval(self, stop: int) -> AbstractContextManager[None]:
-        """Entered for the steps up to `stop`, where the next save is: the place to reserve what they can cost."""
+        """Entered for the steps up to `stop` and the save after them: the place to reserve what they can cost."""
 
     def step(self) -> str:
         """Take a step, set `state.due` if a validation follows it, and return what the bar shows."""
@@ -94,7 +94,7 @@ def run_steps(
                         work.validate(stopping)
                     if stopping():
                         break
-            work.save()
+                work.save()  # before the bill is settled: a ledger that cannot be reached then loses no step
             if asked_to_stop() and not finished():
                 remedy = "; --resume goes on from there" if resumable else ""
                 raise Stopped(f"{name}: stopped at step {state.step:,} of {work.max_steps:,}{remedy}")

@@ -8,7 +8,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..settings import TrainSettings
+from ..simulator import Law
+from ..simulator.draws import solve
 from ..text import Codec, tokenise, windows
+
+_BLOCK = 64  # systems drawn and solved together
 
 
 def text_windows(
@@ -32,16 +36,25 @@ def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def endless_series(law: Law, seed: int, place: int) -> np.ndarray:
+    """The series at a place in an endless row of systems drawn from a law, (n_steps, n_variables); none comes twice."""
+    return _block(law, seed, place // _BLOCK)[place % _BLOCK]
+
+
+@lru_cache(maxsize=2)
+def _block(law: Law, seed: int, block: int) -> np.ndarray:
+    return solve(law.draw(_BLOCK, [seed, 2, block]), law.time)
+
+
 def augmented_window(
-    series: np.ndarray,
+    values: np.ndarray,
     place: int,
     settings: TrainSettings,
     codec: Codec,
     tokenizer: PreTrainedTokenizerBase,
 ) -> np.ndarray:
-    """Token ids of a stretch of one of the series (n_series, n_steps, n_variables), rescaled or begun at random."""
+    """Token ids of a stretch of the series (n_steps, n_variables) at a place, rescaled or begun at random."""
     draw = np.random.default_rng([settings.seed, 1, place])
-    values = series[pick(settings.seed, place, len(series))]
     values = values * np.exp(draw.uniform(-settings.rescale, settings.rescale))
     (ids,) = tokenise([codec.encode(values)], tokenizer)
     length = settings.max_length

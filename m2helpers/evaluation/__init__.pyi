@@ -2,6 +2,7 @@ from .baselines import BASELINES as BASELINES
 from .baselines import run_baselines as run_baselines
 from .measure import evaluate as evaluate
 from .measure import evaluate_baselines as evaluate_baselines
+from .measure import rounding_cost as rounding_cost
 from .protocols import HORIZONS as HORIZONS
 from .protocols import P5_CONTEXTS as P5_CONTEXTS
 from .protocols import P5_STEPS as P5_STEPS
@@ -9,8 +10,11 @@ from .protocols import P5_STRIDE as P5_STRIDE
 from .protocols import PROTOCOLS as PROTOCOLS
 from .protocols import Case as Case
 from .protocols import make_cases as make_cases
+from .scores import Duel as Duel
+from .scores import Errors as Errors
 from .scores import Result as Result
 from .scores import bootstrap as bootstrap
+from .scores import duel as duel
 from .scores import from_json as from_json
 from .scores import origins as origins
 from .scores import paired_change as paired_change

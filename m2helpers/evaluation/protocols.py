@@ -6,6 +6,9 @@ P5
 L50, L20
     50 steps in and 50 out; 80 in and 20 out, whole steps.
 
+In P5 the truth is the text itself, rounded as a model's forecast is, so every other forecast is rounded like it before the two
+are compared (`measure`); each window carries its future as stored beside it. In L50 and L20 the truth is the stored series.
+
 Errors are in the units of the series. Forecasts that do not parse are counted and shown, never filled in.
 """
 
@@ -39,6 +42,13 @@ class Case:
     """(steps compared, variables), in the units of the series."""
     skip: int
     """Separators the model writes before the compared steps begin: 1 in P5, where a context can end inside a step."""
+    unrounded: np.ndarray | None = None
+    """The same future as stored, where `truth` is rounded text (P5); None where they are one."""
+
+    @property
+    def stored(self) -> np.ndarray:
+        """The future as stored, (steps compared, variables)."""
+        return self.truth if self.unrounded is None else self.unrounded
 
     @property
     def steps(self) -> int:
@@ -92,9 +102,10 @@ def _p5_cases(index: int, values: np.ndarray, codec: Codec, context: int) -> lis
         rest = text[start + context :]
         if len(rest) < steps * codec.shortest_step(n_variables) or rest.count(codec.step_separator) < steps:
             break
-        cases.append(
-            Case(index, start, text[start : start + context], compared(codec, rest, 1, n_variables)[:P5_STEPS], 1)
-        )
+        truth = compared(codec, rest, 1, n_variables)[:P5_STEPS]
+        first = text.count(codec.step_separator, 0, start + context) + 1  # after the step that the context ends in
+        stored = values[first : first + P5_STEPS].astype(float)
+        cases.append(Case(index, start, text[start : start + context], truth, 1, stored))
     return cases
 
 

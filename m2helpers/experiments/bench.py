@@ -40,6 +40,7 @@ from ..settings import EMBEDDED, TrainSettings
 from ..text import Codec, fit_scale, tokenise
 from ..training import Training
 from .contention import compare_waiting
+from .sampling import compare_sampling
 from .timing import Row, Run, machine, profile, rows_of, take_turns, timed, wait
 
 ROUNDS = 3  # turns of each side
@@ -252,6 +253,16 @@ def _prefill_clock(model: PreTrainedModel) -> Iterator[list[float]]:
         handle.remove()
 
 
+def sample_full_size(dataset: Dataset, ledger: Ledger) -> Measured:
+    """Twenty samples of twenty steps after 400 tokens with Qwen2.5-0.5B at its true size, bfloat16."""
+    return {"rows": compare_sampling(_full_size(), dataset, ledger, ROUNDS)}
+
+
+def sample_embedded(dataset: Dataset, ledger: Ledger) -> Measured:
+    """Twenty samples of twenty steps after 400 tokens with the embedded base."""
+    return {"rows": compare_sampling(load_base(EMBEDDED), dataset, ledger, ROUNDS + 1)}
+
+
 # ---------------------------------------------------------------- context
 
 
@@ -312,6 +323,8 @@ BENCHMARKS: dict[str, Callable[[Dataset, Ledger], Measured]] = {
     "context": context_length,
     "train-embedded": train_embedded,
     "decode-embedded": decode_embedded,
+    "samples": sample_full_size,
+    "samples-embedded": sample_embedded,
     "threads": waiting_threads,
 }
 

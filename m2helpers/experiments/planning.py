@@ -28,6 +28,12 @@ SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
 FINAL_STAGES = ("final", "extended")
 STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
+_IN_TABLES = {"untrained": "before fine-tuning"}  # pre-trained it is
+
+
+def stage_label(stage: str) -> str:
+    """What tables and pictures call a stage."""
+    return _IN_TABLES.get(stage, stage)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Plan:
     sweep_steps: int = 500
     extended: TrainSettings | None = None
     """A last run that goes beyond the published setting of the final one, where there is to be one."""
+    amortised: TrainSettings | None = None
+    """A run that is told the law of the data; it stands apart, and is trained by itself."""
     ablations: Mapping[str, Change] = field(default_factory=dict)
     """Changes to the final setting, in words and as settings, each tried in a run of its own."""
     seeds: int = 1
@@ -164,6 +172,7 @@ PLANS = {
         long_rate=0.25,  # at half of the best of a grid and more, three long runs lost their way within 300 steps
         sweep_steps=80,
         ablations=ABLATIONS,
+        amortised=replace(STAGES["extended"], max_steps=2000, rescale=0.0),  # no series comes twice
     ),
     "qwen2.5-0.5b": Plan(  # as published
         _QWEN, replace(_QWEN, lora_r=8, max_length=768, max_steps=3000), learning_rates=(1e-5, 5e-5, 1e-4)

@@ -27,8 +27,19 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.tokens + other.tokens, self.flops + other.flops, self.flops_course + other.flops_course)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1
+
     def __mul__(self, times: int) -> Cost:
         return Cost(self.tokens * times, self.flops * times, self.flops_course * times)
+
+    def shared(self, n: int) -> list[Cost]:
+        """Split among so many, as evenly as whole numbers allow: the parts add up to it."""
+
+        def part(total: int, i: int) -> int:
+            return total // n + (i < total % n)
+
+        return [Cost(part(self.tokens, i), part(self.flops, i), part(self.flops_course, i)) for i in range(n)]
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,12 @@ def generation_cost(
         return generation_flops(config, batch_size, prompt, new_tokens, **adapted.options(convention))
 
     return Cost(batch_size * (prompt + new_tokens), *_by_convention(config, price))
+
+
+def continuation_cost(config: Config, prompt: int, tokens: int, adapted: Adaptation = UNADAPTED) -> Cost:
+    """Cost of reading so many tokens of one row, one at a time, after a prompt that a cache holds, and scoring each."""
+    first = generation_cost(config, 1, prompt, 1, adapted)  # the prompt, with what it says of the next token
+    return generation_cost(config, 1, prompt, tokens + 1, adapted) - first
 
 
 BatchCost = Callable[[tuple[int, int]], Cost]

@@ -1,3 +1,7 @@
+from .distributions import by_step_table as by_step_table
+from .distributions import distributions_table as distributions_table
+from .distributions import plot_pit as plot_pit
+from .distributions import recorded_distributions as recorded_distributions
 from .findings import NO_FORECAST as NO_FORECAST
 from .findings import ablations_table as ablations_table
 from .findings import advice as advice
@@ -6,9 +10,12 @@ from .findings import markdown_header as markdown_header
 from .findings import seed_records as seed_records
 from .findings import seeds_table as seeds_table
 from .findings import sweeps_table as sweeps_table
+from .headline import headline_table as headline_table
+from .headline import pretraining_cost as pretraining_cost
 from .pages import all_pages as all_pages
 from .pages import benchmarks_table as benchmarks_table
 from .pages import blocks as blocks
+from .pages import classic_table as classic_table
 from .pages import costs_table as costs_table
 from .pages import fill_blocks as fill_blocks
 from .pages import fill_pages as fill_pages
@@ -22,10 +29,14 @@ from .tables import PUBLISHED_TRAINABLE as PUBLISHED_TRAINABLE
 from .tables import STAGE_FOLDERS as STAGE_FOLDERS
 from .tables import baseline_results as baseline_results
 from .tables import extremes as extremes
-from .tables import headline_table as headline_table
 from .tables import live_agreement as live_agreement
+from .tables import published_table as published_table
 from .tables import recorded_base as recorded_base
 from .tables import results_table as results_table
 from .tables import side_by_side as side_by_side
+from .tables import stage_label as stage_label
 from .tables import stage_results as stage_results
 from .tables import verdict as verdict
+from .terms import beside_the_law as beside_the_law
+from .terms import duels_table as duels_table
+from .terms import terms_table as terms_table

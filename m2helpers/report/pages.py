@@ -11,9 +11,11 @@ import pandas as pd
 from ..data import load_dataset, statistics_table
 from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
-from ..paths import ROOT, SHIPPED_BENCHMARKS, checkpoint_folder
+from ..paths import ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
+from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
-from .tables import headline_table
+from .headline import headline_table
+from .terms import beside_the_law, duels_table, terms_table
 
 
 def pretraining_summary(base: str = "embedded") -> str:
@@ -78,10 +80,48 @@ def benchmarks_table() -> str:
     return "\n\n".join(parts) or "No benchmark has been recorded."
 
 
+def classic_table() -> str:
+    """The classic public series in Markdown: errors of the base and of other methods over that of the last value, wins and losses."""
+    if not SHIPPED_CLASSICS.is_file():
+        return "No forecast of classic series has been recorded."
+    record = read_json(SHIPPED_CLASSICS)
+    rows = record["rows"]
+    ours, *others = rows[0]["errors"]
+    lines = markdown_header("error, last value = 1", "windows", f"{record['base']} base", *others)
+    for row in rows:
+        known = [error for error in row["errors"].values() if error is not None]
+        cells = [
+            "–" if error is None else f"**{error:.2f}**" if error == min(known) else f"{error:.2f}"
+            for error in row["errors"].values()
+        ]
+        lines.append(f"| {row['series']} | {row['valid']} of {row['windows']} | {' | '.join(cells)} |")
+    pairs = [[row["duels"][method] for row in rows if row["duels"]] for method in others]
+    totals = [" / ".join(str(sum(column)) for column in zip(*pair, strict=True)) or "–" for pair in pairs]
+    windows = sum(row["windows"] for row in rows)
+    lines.append(f"| *windows that the base wins / loses against it* | {windows} | | {' | '.join(totals)} |")
+    won = [
+        f"{method} on {sum(row['errors'][ours] < row['errors'][method] for row in rows if row['errors'][ours] is not None)}"
+        for method in others
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Each window: {record['known']} steps known, {record['ahead']} forecast, one set of settings for all series, nothing tuned on them. By mean error the base is "
+            f"better than {', '.join(won)} of {len(rows)} series. So few windows show whether it works and do not rank methods. {record['machine']}; {record['date']}.",
+        ]
+    )
+
+
 def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
         "results": headline_table(),
+        "terms": terms_table(),
+        "duels": duels_table(),
+        "law": beside_the_law(),
+        "distributions": recorded_distributions(),
+        "distributions-by-step": by_step_table(),
         "pretraining": pretraining_summary(),
         "seeds": seeds_table(),
         "sweeps": sweeps_table(),
@@ -90,6 +130,7 @@ def blocks() -> dict[str, str]:
         "spending": spending_table(),
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
+        "classic": classic_table(),
         "data-statistics": statistics_table(load_dataset()),
     }
 

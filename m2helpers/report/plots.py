@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..evaluation.scores import Result
+from ..experiments.planning import stage_label
 
 if TYPE_CHECKING:  # it loads torch, which no picture needs
     from ..outlooks import Forecasts, Outlook
@@ -51,7 +52,13 @@ PREY, PREDATOR = _PALETTE[0], _PALETTE[1]
 VARIABLES = {"prey": PREY, "predator": PREDATOR}
 STAGES = {"untrained": "#7f7f7f", "initial": _PALETTE[4], "final": _PALETTE[2], "extended": _PALETTE[9]}
 STAGE_LINES = {"untrained": ":", "initial": "--", "final": "-", "extended": "-."}
-BASELINES = {"last value": _PALETTE[8], "vector autoregression": _PALETTE[5], "ODE fit": "#222222"}
+BASELINES = {
+    "last value": _PALETTE[8],
+    "seasonal naive": _PALETTE[6],
+    "context parroting": _PALETTE[3],
+    "vector autoregression": _PALETTE[5],
+    "ODE fit": "#222222",
+}
 WIDTH = 8.0  # inches: the width of a page of the site
 
 
@@ -161,15 +168,14 @@ def _plot_outlook(ax: Axes, outlook: Outlook, column: int) -> None:
     before = np.arange(n - len(past.values) + 1, n + 1) if past.index is None else past.index
     ahead = np.arange(n + 1, n + steps + 1) if outlook.index is None else outlook.index
     ax.plot(before, past.values[:, column], color="0.25", lw=1.3, label="history")
-    paths = outlook.paths[:, :, column]
-    whole = paths[~np.isnan(paths).any(axis=1)] if len(paths) > 1 else paths
-    if len(whole) > 1:
-        low, lower, middle, upper, high = np.quantile(whole, [0.1, 0.25, 0.5, 0.75, 0.9], axis=0)  # each (steps,)
+    if len(outlook.paths) > 1:
+        levels = [0.1, 0.25, 0.5, 0.75, 0.9]
+        low, lower, middle, upper, high = outlook.distribution.quantile(levels)[..., column]  # each (steps,)
         ax.fill_between(ahead, low, high, color=PREY, alpha=0.18, lw=0, label="80 % band")
         ax.fill_between(ahead, lower, upper, color=PREY, alpha=0.3, lw=0, label="50 % band")
         ax.plot(ahead, middle, "o-", ms=3, lw=1.3, color=PREY, label="forecast (median)")
-    elif len(whole):
-        ax.plot(ahead, whole[0], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
+    else:
+        ax.plot(ahead, outlook.median[:, column], "o-", ms=3, lw=1.3, color=PREY, label="forecast")
     if outlook.truth is not None:
         ax.plot(ahead, outlook.truth[:, column], "x", ms=5, color=PREDATOR, label="truth, held back")
     if isinstance(past.index, pd.DatetimeIndex):
@@ -189,7 +195,8 @@ def plot_per_step(ax: Axes, results: Mapping[str, Result], colours: Mapping[str,
         if result.per_step_mae is not None:
             steps = np.arange(1, len(result.per_step_mae) + 1)
             above = 3 if name in STAGES else 2  # a model is never hidden by a baseline
-            ax.plot(steps, result.per_step_mae, "o-", ms=3, label=name, color=colours[name], zorder=above)
+            line = "o-" if name in STAGES else "s--"
+            ax.plot(steps, result.per_step_mae, line, ms=3, label=stage_label(name), color=colours[name], zorder=above)
     ax.set(xlabel="steps ahead", ylabel="mean absolute error\n(population units)")
     log_scale(ax)
 
@@ -202,7 +209,7 @@ def plot_horizons(panels: Mapping[str, Mapping[str, Result]]) -> Figure:
         ax.set_title(title, loc="left", fontsize="medium")
         ax.label_outer()
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, fontsize="small")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5, fontsize="small")
     return figure
 
 
@@ -218,10 +225,10 @@ def plot_by_context(ax: Axes, results: Mapping[str, Sequence[Result]], colours: 
             [row.context for row in rows],
             mae,
             yerr=[mae - low, high - mae],
-            fmt="o-",
+            fmt="o-" if name in STAGES else "s--",
             ms=4,
             capsize=3,
-            label=name,
+            label=stage_label(name),
             color=colours[name],
             zorder=3 if name in STAGES else 2,
         )
@@ -246,7 +253,7 @@ def plot_by_variable(axes: Sequence[Axes], results: Mapping[str, Sequence[Result
         for column, (name, colour) in enumerate(VARIABLES.items()):
             for ax, factor in zip(axes, (1, 100 / spread[column]), strict=True):
                 shown = [factor * by_variable[column] for by_variable in errors.values()]
-                look, label = {"color": colour, "ls": STAGE_LINES[stage]}, f"{name}, {stage}"
+                look, label = {"color": colour, "ls": STAGE_LINES[stage]}, f"{name}, {stage_label(stage)}"
                 ax.plot(list(errors), shown, "o", ms=4, label=label, **look)
     contexts = sorted({row.context for rows in results.values() for row in rows})
     for ax, unit in zip(axes, ("population units", "% of standard deviation"), strict=True):
@@ -259,7 +266,8 @@ def plot_by_family(ax: Axes, losses: Mapping[str, Mapping[str, float]]) -> None:
     first = next(iter(losses.values()))
     families = sorted(first, key=first.__getitem__)
     for stage, by_family in losses.items():
-        ax.plot([by_family[name] for name in families], range(len(families)), "o", color=STAGES[stage], label=stage)
+        values = [by_family[name] for name in families]
+        ax.plot(values, range(len(families)), "o", color=STAGES[stage], label=stage_label(stage))
     ax.set(xlabel="loss (nats a token)", yticks=range(len(families)))
     ax.set_yticklabels([name.replace("_", " ") for name in families], fontsize=8)
 

@@ -1,6 +1,7 @@
 """Processes that spend on one ledger at once, some killed while they do: run by `test_ledger`, and at length by hand.
 
-python tests/campaigns/ledger.py [ROUNDS]     (eight processes each; prints what happened and fails if the cap was passed)
+python -m tests.campaigns.ledger [ROUNDS] [--postgres]
+(eight processes each, on SQLite or a PostgreSQL server of its own; prints what happened and fails if the cap was passed)
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from m2helpers.flops.costs import Cost
 from m2helpers.ledger import CapReached, Ledger, Spender
+from tests.postgres import Server, find_postgres
 
 CAP = 3_000
 
@@ -34,8 +37,10 @@ def spend(path: str, log: str, number: int, seed: int) -> None:
             settled.write(f"{used.flops}\n")
 
 
-def campaign(folder: Path, processes: int, kills: int, seed: int) -> dict:
+def campaign(folder: Path, processes: int, kills: int, seed: int, where: str | None = None) -> dict:
     """One round: start the processes, kill some of them at random moments, and check the ledger while and after.
+
+    The ledger is a new SQLite file, or an empty database by URL.
 
     Returns
     -------
@@ -47,7 +52,7 @@ def campaign(folder: Path, processes: int, kills: int, seed: int) -> dict:
     AssertionError
         If the cap was passed at any look, or a settled entry is missing.
     """
-    draw, path = random.Random(seed), folder / f"{seed}.sqlite"
+    draw, path = random.Random(seed), where or str(folder / f"{seed}.sqlite")
     Ledger(path, CAP)
     logs = [folder / f"{seed}-{number}.log" for number in range(processes)]
     command = "from tests.campaigns.ledger import spend; import sys; spend(*sys.argv[1:3], *map(int, sys.argv[3:]))"
@@ -77,13 +82,27 @@ def campaign(folder: Path, processes: int, kills: int, seed: int) -> dict:
     return {"spent": ledger.spent(), "settled": len(entries) - lost, "lost": lost, "cap": CAP}
 
 
-if __name__ == "__main__":
-    rounds, results = int(sys.argv[1]) if len(sys.argv) > 1 else 200, []
-    with tempfile.TemporaryDirectory() as name:
+def main(rounds: int, on_postgres: bool) -> None:
+    """Run the rounds and print what came of them."""
+    results = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="m2-")))
+        server = None
+        if on_postgres:
+            programs = find_postgres() or sys.exit("no PostgreSQL server here; apt-get install postgresql")
+            (folder / "pg").mkdir()
+            server = stack.enter_context(Server(programs, folder / "pg"))
         for seed in range(rounds):
-            results.append(campaign(Path(name), processes=8, kills=4, seed=seed))
+            if server:
+                server.empty()
+            results.append(campaign(folder, processes=8, kills=4, seed=seed, where=server.url if server else None))
             print(f"\rround {seed + 1} of {rounds}: {results[-1]}", end="", flush=True)
     totals = {key: sum(result[key] for result in results) for key in ("settled", "lost")}
-    print(
-        f"\n{rounds} rounds of 8 processes, 4 killed in each: {totals}, largest sum {max(r['spent'] for r in results)} of {CAP}"
-    )
+    most = max(result["spent"] for result in results)
+    print(f"\n{rounds} rounds of 8 processes, 4 killed in each: {totals}, largest sum {most} of {CAP}")
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    numbers = [int(word) for word in words if word.isdigit()]
+    main(numbers[0] if numbers else 200, "--postgres" in words)

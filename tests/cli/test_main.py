@@ -51,6 +51,7 @@ def _stopped(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paths, "BASELINE_CACHE", tmp_path / "cache")
     run, common = tmp_path / "run", ["--data", str(data_file)]
@@ -112,7 +113,7 @@ def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch)
         used.extend([codec] * len(series))
         return [made] * len(series)
 
-    monkeypatch.setattr("m2helpers.forecasting.forecast", forecast)
+    monkeypatch.setattr("m2helpers.outlooks.tables.forecast", forecast)
     ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
     for choice in ("run", "own"):
         assert main(["forecast", str(other), "--run", str(run), "--scale", choice, *ahead]) == 0
@@ -120,6 +121,7 @@ def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch)
     assert {codec.precision for codec in used} == {3}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file, tmp_path, monkeypatch):
     """It never learned to leave the other characters alone: random weights would write them."""
     monkeypatch.setattr(paths, "BASELINE_CACHE", tmp_path / "cache")
@@ -193,15 +195,15 @@ def test_a_stage_starts_from_the_settings_of_its_bases_plan(tiny_folder, data_fi
 
 def test_a_series_that_cannot_be_sampled_costs_no_other(tiny_folder, tmp_path, capsys, monkeypatch):
     """Of two series, no sample of the first parses."""
-    drawn = iter([np.ones((0, 2, 1)), np.ones((3, 2, 1))])
-    monkeypatch.setattr("m2helpers.forecasting.sample_forecasts", lambda *_, **__: next(drawn))
+    drawn = iter([[np.ones((0, 2, 1)), np.ones((3, 2, 1))]])
+    monkeypatch.setattr("m2helpers.outlooks.tables.sample_many", lambda *_, **__: next(drawn))
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["trajectories"] = np.ones((2, 8, 1))
     command = ["forecast", str(tmp_path / "two.h5"), "--model", str(tiny_folder), "--steps", "2", "--samples", "3"]
     assert main([*command, "--out", str(tmp_path / "out.csv")]) == 0
     assert "; 3 did not parse whole: with --constrained all do" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out.csv")["series"].tolist() == [1] * 6
-    drawn = iter([np.ones((0, 2, 1))] * 2)
+    drawn = iter([[np.ones((0, 2, 1))] * 2])
     assert main([*command, "--out", str(tmp_path / "none.csv")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(
@@ -214,7 +216,7 @@ def test_a_series_of_zeros_is_forecast_as_zeros(tmp_path, monkeypatch, tiny_fold
     """It has no scale of its own to be written at, and needs none."""
     read = []
     monkeypatch.setattr(
-        "m2helpers.forecasting.forecast",
+        "m2helpers.outlooks.tables.forecast",
         lambda base, codec, series, *_, **__: read.extend(series) or [SimpleNamespace(values=s[-2:]) for s in series],
     )
     with h5py.File(tmp_path / "two.h5", "w") as file:
@@ -314,6 +316,26 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path, capsys
     assert main(["simulate", "--systems", "10", "--out", str(tmp_path / "file" / "data.h5")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("m2helpers simulate: ") and message.count("\n") == 1
+
+
+def test_simulate_replaces_a_file_only_when_told_to(tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    path.write_text("years of work")
+    command = ["simulate", "--systems", "10", "--out", str(path)]
+    assert main(command) == 1 and path.read_text() == "years of work"
+    assert (
+        capsys.readouterr().err
+        == f"m2helpers simulate: --out {path}: exists; give another name, or --overwrite to replace it\n"
+    )
+    assert main([*command, "--overwrite"]) == 0 and h5py.is_hdf5(path)
+
+
+def test_the_output_of_a_forecast_is_refused_in_its_own_words_before_anything_is_read(tmp_path, capsys):
+    for command in "forecast", "backtest":
+        assert main([command, str(tmp_path / "none.csv"), "--steps", "2", "--out", str(tmp_path)]) == 1
+        assert (
+            capsys.readouterr().err == f"m2helpers {command}: --out {tmp_path}: is a folder; give the name of a file\n"
+        )
 
 
 def test_a_reader_that_goes_away_hears_no_complaint():

@@ -47,14 +47,14 @@ def _interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-FIRST = [("enter", 2), ("step", 1), ("step", 2), ("leave", 2), ("save", 2)]
-SECOND = [("enter", 4), ("step", 3), ("validate", 3), ("step", 4), ("leave", 4), ("save", 4)]
-THIRD = [("enter", 6), ("step", 5), ("step", 6), ("validate", 6), ("leave", 6), ("save", 6)]
-LAST = [("enter", 7), ("step", 7), ("validate", 7), ("leave", 7), ("save", 7)]
+FIRST = [("enter", 2), ("step", 1), ("step", 2), ("save", 2), ("leave", 2)]
+SECOND = [("enter", 4), ("step", 3), ("validate", 3), ("step", 4), ("save", 4), ("leave", 4)]
+THIRD = [("enter", 6), ("step", 5), ("step", 6), ("validate", 6), ("save", 6), ("leave", 6)]
+LAST = [("enter", 7), ("step", 7), ("validate", 7), ("save", 7), ("leave", 7)]
 
 
 def test_what_comes_when():
-    """Every save has an interval of its own, and a validation comes before the save at the same step."""
+    """Every save has an interval of its own, which ends after it, and a validation comes before the save at the same step."""
     work = Noting()
     run_steps(work, "run", progress=False)
     assert work.seen == FIRST + SECOND + THIRD + LAST
@@ -63,9 +63,9 @@ def test_what_comes_when():
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (State(step=3), [("enter", 4), ("step", 4), ("leave", 4), ("save", 4), *THIRD, *LAST]),
+        (State(step=3), [("enter", 4), ("step", 4), ("save", 4), ("leave", 4), *THIRD, *LAST]),
         (State(step=6, due=True), [("enter", 7), ("validate", 6), *LAST[1:]]),
-        (State(step=7, due=True), [("enter", 7), ("validate", 7), ("leave", 7), ("save", 7)]),
+        (State(step=7, due=True), [("enter", 7), ("validate", 7), ("save", 7), ("leave", 7)]),
         (State(step=7), []),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_stop_in_a_step_is_saved_and_says_how_to_resume():
     work.during["step", 1] = _interrupt
     with pytest.raises(Stopped, match=r"^run: stopped at step 1 of 7; --resume goes on from there$"):
         run_steps(work, "run", progress=False)
-    assert work.seen == [("enter", 2), ("step", 1), ("leave", 2), ("save", 1)]
+    assert work.seen == [("enter", 2), ("step", 1), ("save", 1), ("leave", 2)]
     with pytest.raises(Stopped, match=r"^run: stopped at step 2 of 7$"):
         work.during["step", 2] = _interrupt
         run_steps(work, "run", progress=False, resumable=False)
@@ -91,7 +91,7 @@ def test_a_validation_left_when_asked_to_stop_is_still_due():
     work.during["step", 3] = _interrupt
     with pytest.raises(Stopped, match="stopped at step 3"):
         run_steps(work, "run", progress=False)
-    assert work.state.due and work.seen == [*FIRST, *SECOND[:3], ("leave", 4), ("save", 3)]
+    assert work.state.due and work.seen == [*FIRST, *SECOND[:3], ("save", 3), ("leave", 4)]
     work.seen.clear()
     run_steps(work, "run", progress=False)
     assert work.seen == [("enter", 4), *SECOND[2:], *THIRD, *LAST]
@@ -101,13 +101,13 @@ def test_a_stop_that_comes_after_everything_is_done_is_none():
     work = Noting()
     work.during["save", 7] = _interrupt
     run_steps(work, "run", progress=False)
-    assert work.seen[-1] == ("save", 7)
+    assert work.seen[-2:] == [("save", 7), ("leave", 7)]
 
 
 def test_out_of_time_it_returns_one_step_further():
     work = Noting(max_steps=2)
     run_steps(work, "run", progress=False, stop_after=0.0)
-    assert work.seen == [("enter", 2), ("step", 1), ("leave", 2), ("save", 1)]
+    assert work.seen == [("enter", 2), ("step", 1), ("save", 1), ("leave", 2)]
 
 
 def test_the_bar_shows_what_a_step_returns(capsys):

@@ -181,7 +181,9 @@ def computed(monkeypatch):
 
 def test_run_baselines_gives_what_the_functions_give(cases, tmp_path):
     forecasts = run_baselines(cases, DT, tmp_path, "key")
-    assert list(forecasts) == ["last value", "vector autoregression", "ODE fit"]
+    assert list(forecasts) == [
+        "last value", "seasonal naive", "context parroting", "vector autoregression", "ODE fit"
+    ]  # fmt: skip
     for name, parts in forecasts.items():
         assert len(parts) == len(cases)
         for part, (context, steps) in zip(parts, cases, strict=True):
@@ -190,9 +192,9 @@ def test_run_baselines_gives_what_the_functions_give(cases, tmp_path):
 
 def test_cache_hit_gives_the_same_and_computes_nothing(cases, tmp_path, computed):
     first = run_baselines(cases, DT, tmp_path, "key")
-    assert len(computed) == 9
+    assert len(computed) == 15
     again = run_baselines(cases, DT, tmp_path, "key")
-    assert len(computed) == 9
+    assert len(computed) == 15
     for name in BASELINES:
         for one, other in zip(first[name], again[name], strict=True):
             np.testing.assert_array_equal(one, other)
@@ -203,20 +205,31 @@ def test_stale_cache_is_computed_again_and_replaced(cases, tmp_path, computed):
     run_baselines(cases, DT, tmp_path, "key")
     changed = [(context * 1.01, steps) for context, steps in cases]
     assert run_baselines(changed, DT, tmp_path, "key")["last value"][0][0, 0] == changed[0][0][-1, 0]
-    assert len(computed) == 18
+    assert len(computed) == 30
     run_baselines(changed, DT, tmp_path, "key")
-    assert len(computed) == 18  # the new one was kept
+    assert len(computed) == 30  # the new one was kept
     run_baselines(changed, 2 * DT, tmp_path, "key")
-    assert len(computed) == 27  # another dt
+    assert len(computed) == 45  # another dt
     run_baselines([(context, steps + 1) for context, steps in changed], 2 * DT, tmp_path, "key")
-    assert len(computed) == 36  # other steps
+    assert len(computed) == 60  # other steps
 
 
 def test_older_version_of_the_baselines_is_stale(cases, tmp_path, computed, monkeypatch):
     run_baselines(cases, DT, tmp_path, "key")
     monkeypatch.setattr(baselines, "_VERSION", baselines._VERSION + 1)
     run_baselines(cases, DT, tmp_path, "key")
-    assert len(computed) == 18
+    assert len(computed) == 30
+
+
+def test_a_new_baseline_is_added_to_a_cache_and_the_others_stay(cases, tmp_path, computed, monkeypatch):
+    first = run_baselines(cases, DT, tmp_path, "key")
+    more = baselines.BASELINES | {"new": lambda context, steps, dt: last_value(context, steps, dt) + 9}
+    monkeypatch.setattr(baselines, "BASELINES", more)
+    again = run_baselines(cases, DT, tmp_path, "key")
+    assert len(computed) == 15 and list(again) == [*first, "new"]
+    np.testing.assert_array_equal(again["new"][1], first["last value"][1] + 9)
+    monkeypatch.setitem(more, "new", None)  # not called again
+    assert run_baselines(cases, DT, tmp_path, "key")["new"][1].shape == again["new"][1].shape
 
 
 @pytest.mark.parametrize("keep", [0, 100, -40])
@@ -225,7 +238,7 @@ def test_damaged_cache_is_computed_again(cases, tmp_path, computed, keep):
     file = tmp_path / "key.npz"
     file.write_bytes(file.read_bytes()[:keep])
     again = run_baselines(cases, DT, tmp_path, "key")
-    assert len(computed) == 18
+    assert len(computed) == 30
     np.testing.assert_array_equal(again["ODE fit"][1], first["ODE fit"][1])
 
 

@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 
 from m2helpers.evaluation import measure, protocols
-from m2helpers.evaluation.measure import evaluate, evaluate_baselines
+from m2helpers.evaluation.measure import evaluate, evaluate_baselines, rounding_cost
 from m2helpers.evaluation.protocols import Case, make_cases
-from m2helpers.evaluation.scores import Result, bootstrap, from_json, paired_change, score, to_json
+from m2helpers.evaluation.scores import Result, bootstrap, duel, from_json, paired_change, score, to_json
 from m2helpers.files import UserError, read_json, write_json
 from m2helpers.forecasting import Generated
 from m2helpers.paths import CHECKPOINTS
@@ -168,6 +168,66 @@ def test_an_unknown_protocol_is_refused(tmp_path):
         make_cases(np.ones((1, 100, 2)), CODEC, "P6")
 
 
+@pytest.mark.parametrize("context", [128, 512, 768])
+def test_a_window_carries_its_future_as_stored(context):
+    """Wherever the window is cut, the stored steps are those that the text's are the rounding of."""
+    series = np.random.default_rng(1).uniform(0, 15, (100, 2))
+    codec = Codec(1.2175)
+    for case in make_cases(series[None], codec, "P5", context):
+        assert case.stored.shape == case.truth.shape == (5, 2)
+        np.testing.assert_allclose(codec.rounded(case.stored), case.truth, atol=1e-12)
+        assert 0 < np.abs(case.stored - case.truth).max() <= 0.005 / codec.scale + 1e-12
+    (long,) = make_cases(series[None], codec, "L50")
+    assert long.stored is long.truth
+
+
+# ---------------------------------------------------------------- equal terms
+
+
+def test_models_and_baselines_are_rounded_alike(oracle, tmp_path, monkeypatch):
+    """The same forecast, as a model writes it and as a baseline computes it, has one error on equal terms, window by window."""
+    rng = np.random.default_rng(5)
+    trajectories = rng.uniform(0.5, 9.4, (3, 100, 2))
+    codec = Codec(1.2175)
+    ahead = trajectories + rng.normal(0, 0.02, trajectories.shape)  # what both forecast
+    oracle.texts = [codec.encode(series) for series in trajectories]
+    cases = {context: make_cases(trajectories, codec, "P5", context) for context in (128, 512, 768)}
+    todo = iter([case for context in cases for case in cases[context]])
+
+    def of(case):  # the forecast of a window, from the step that its context ends in
+        first = oracle.texts[case.series].count(";", 0, case.start + len(case.context))
+        return ahead[case.series, first : first + 6]
+
+    oracle.write = lambda index, text: codec.encode(of(next(todo)))
+    model = evaluate(oracle, codec, _dataset(trajectories), "P5")
+    monkeypatch.setattr(measure, "BASELINES", {"same": None})
+    monkeypatch.setattr(
+        measure, "run_baselines", lambda known, dt, cache, key, progress: {"same": [of(c) for c in cases[int(key.split("-")[2])]]}
+    )  # fmt: skip
+    baseline = evaluate_baselines(_dataset(trajectories), codec, "P5", cache=tmp_path)
+    for ours, theirs in zip(model, baseline, strict=True):
+        assert ours.window_mae == theirs.window_mae and ours.mae == pytest.approx(theirs.mae, abs=1e-12)
+        assert duel(ours, theirs) == (0, ours.n, 0)
+        assert ours.as_computed is None and theirs.as_computed.mae != pytest.approx(theirs.mae, rel=1e-6)
+        exact = np.mean([np.abs(of(c)[1:] - c.stored).mean() for c in cases[ours.context]])
+        assert theirs.against_stored.mae == pytest.approx(exact)
+        text = np.mean([np.abs(codec.rounded(of(c)[1:]) - c.stored).mean() for c in cases[ours.context]])
+        assert ours.against_stored.mae == pytest.approx(text)
+
+
+def test_rounding_alone_costs_a_quarter_of_the_last_decimal():
+    trajectories = np.random.default_rng(2).uniform(0, 15, (20, 100, 2))
+    for row in rounding_cost(_dataset(trajectories), Codec(1.2175)):
+        assert row.mae == 0 and row.against_stored.mae == pytest.approx(0.0025 / 1.2175, rel=0.05)
+
+
+def test_a_duel_counts_windows():
+    ours, theirs = _result([0.1, 0.2, None, 0.3, 0.123456]), _result([0.2, 0.1, 0.1, 0.4, 0.123457])
+    assert duel(ours, theirs) == (2, 1, 1) and duel(theirs, ours) == (1, 1, 2)
+    with pytest.raises(UserError, match="measured on different windows"):
+        duel(ours, replace(theirs, context=512))
+
+
 # ---------------------------------------------------------------- evaluate
 
 
@@ -223,6 +283,7 @@ def test_a_real_model_is_evaluated(tiny_base):
 # ---------------------------------------------------------------- score
 
 
+@pytest.mark.slow
 def test_a_constrained_forecast_is_always_valid(tiny_base):
     """Even by a model with random weights."""
     base, trajectories = tiny_base(), np.stack([_series(1000, seed) for seed in range(2)])
@@ -356,6 +417,9 @@ def test_records_have_the_keys_of_the_design(tmp_path):
     write_json(tmp_path / "metrics.json", rows)
     assert from_json(read_json(tmp_path / "metrics.json")) == results
     assert json.loads((tmp_path / "metrics.json").read_text())[0]["ci_mae"] == results[0].ci_mae
+    more = replace(results[0], against_stored=score([Case(0, 0, "", np.ones((1, 1)), 0)], [np.ones((1, 1))]).errors)
+    write_json(tmp_path / "scores.json", to_json([replace(more, machine="m")]))
+    assert from_json(read_json(tmp_path / "scores.json")) == [replace(more, machine="m")]
 
 
 # ---------------------------------------------------------------- baselines

@@ -30,7 +30,7 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     return tmp_path
 
 
-SLOW = ("train", "train-embedded", "decode-embedded")
+SLOW = ("train", "train-embedded", "decode-embedded", "samples", "samples-embedded")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
@@ -56,7 +56,9 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         if name.startswith("train"):
             assert row["peak_gb"] > 0 and len(row["times"]) == 1
             assert (row["side"] == "peft + Trainer") == (place == 0)
-    assert len(entry["rows"]) == {"decode": 2, "context": 4, "threads": 4}.get(name, 3)
+    assert len(entry["rows"]) == {"decode": 2, "samples": 2, "samples-embedded": 2, "context": 4, "threads": 4}.get(
+        name, 3
+    )
     assert not Ledger(quick / "ledger.sqlite").entries()
 
 

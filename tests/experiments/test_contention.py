@@ -29,6 +29,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, exp
     assert told.stdout == f"{expected} False\n"
 
 
+@pytest.mark.slow
 def test_the_tests_and_their_kernels_wait_so_too(monkeypatch):
     """What pytest imports first sets the rule, before a test imports torch."""
     for name in contention.VARIABLES:

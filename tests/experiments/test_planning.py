@@ -65,7 +65,7 @@ def test_a_forecast_as_long_as_its_truth_costs_what_was_planned(tiny_base, small
         written = [[26] * next(truths)[1] for _ in prompts]
         return written, [len(tokens) - 1 for tokens in written]  # the last is never read
 
-    monkeypatch.setattr("m2helpers.forecasting._continue", write)
+    monkeypatch.setattr("m2helpers.forecasting.generation.continue_prompts", write)
     (result,) = evaluate(base, codec, small_data, "P5", contexts=[64])
     assert result.flops == table_cost(base.model.config, sizes).flops
     assert next(truths, None) is None and sum(sizes.values()) == result.n

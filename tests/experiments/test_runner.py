@@ -80,6 +80,7 @@ def test_a_whole_plan(run, tmp_path, small_data):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_plan_goes_on(run, tmp_path, monkeypatch, tiny_folder):
     """The cap leaves room for half of the initial run; with another ledger it goes on from there."""
     small = Ledger(tmp_path / "small.sqlite", 2_000_000)
@@ -121,6 +122,7 @@ def test_measurements_of_another_base_are_not_taken_over(run, tmp_path):
     assert [row["base_sha256"] for row in read_json(path)] == [row["base_sha256"] for row in rows]
 
 
+@pytest.mark.slow
 def test_measurements_that_are_missing_are_made(run, tmp_path, monkeypatch):
     """Such as after `evaluate --split validation --json …/metrics.json`, or a plan that was stopped among its forecasts."""
     run(stages=["untrained"])
@@ -137,6 +139,7 @@ def test_measurements_that_are_missing_are_made(run, tmp_path, monkeypatch):
     assert [found["protocol"] for found in read_json(path)] == ["P5", "P5", "L20"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_far_it_is(run):
     _, said = run(stages=["initial", "context"])
     runs = [line for line in said if line.startswith("[")]
@@ -178,6 +181,7 @@ def diverge(monkeypatch):
     return among
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_out_and_the_best_is_chosen_among_the_others(run, diverge, tmp_path):
     plan = replace(PLAN, learning_rates=(1e-3, 1e-2), ranks=(2,), contexts=(32,), precisions=())
     tries = diverge(lambda settings: settings.learning_rate == 1e-2 and settings.max_steps == 2 and settings.lora_r)
@@ -228,7 +232,7 @@ def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch)
     def none(base):
         raise AssertionError("the base's own ledger was asked for")
 
-    for module in ("training", "forecasting"):
+    for module in ("training", "forecasting.generation"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", none)
     ledger = Ledger(tmp_path / "own.sqlite")
     run(replace(PLAN, contexts=(32,)), stages=["untrained", "context"], ledger=ledger)
@@ -236,6 +240,7 @@ def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch)
     assert spent == {("untrained", "generate"), *(("context", kind) for kind in ("train", "validate", "generate"))}
 
 
+@pytest.mark.slow
 def test_every_seed_of_a_long_run_is_measured(run, tmp_path):
     run(replace(PLAN, seeds=2), stages=["final"])
     for name, seed in (("final", 0), ("final-seed1", 1)):
@@ -243,15 +248,17 @@ def test_every_seed_of_a_long_run_is_measured(run, tmp_path):
         assert row["seed"] == seed and row["split"] == "test"
 
 
+@pytest.mark.slow
 def test_one_sweep_alone(run, tmp_path):
     plan, _ = run(stages=["context"])
     assert plan == PLAN and best_of_grid(plan, tmp_path / "out") is None
     assert sorted(sweep_table(tmp_path / "out")["max_length"]) == [32, 48]
 
 
+@pytest.mark.slow
 def test_a_plan_measures_what_it_says_and_names_its_stages(run, tmp_path, small_data, monkeypatch):
     ledger, seen, measure = Ledger(tmp_path / "ledger.sqlite"), [], experiments.evaluate
-    for module in ("training", "forecasting", "evaluation.measure"):
+    for module in ("training", "forecasting.generation", "evaluation.measure"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: ledger)
     monkeypatch.setattr(experiments, "SWEEP_SERIES", 0)  # noted, not passed on: no series would be refused
     monkeypatch.setattr(

@@ -15,6 +15,7 @@ def test_sides_take_turns():
     assert calls == list("ababab")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="nothing tells the peak here")
 def test_the_peak_of_every_turn_is_kept():
     held = []

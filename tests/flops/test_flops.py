@@ -197,6 +197,7 @@ def test_matmuls_equal_the_counter_module_by_module(seed):
     assert account.parameters == sum(p.numel() for p in model.parameters()) - trainable
 
 
+@pytest.mark.slow
 def test_true_backward_of_qwen_is_less_than_the_course_bills():
     model = _adapt(meta_model(Qwen2Config(**QWEN_05B)), 8, ("q_proj", "v_proj"))
     ours = lora_backward_matmuls(QWEN_05B, 4, 512, lora_r=8)

@@ -80,11 +80,13 @@ def test_every_family_yields_finite_and_varied_series(name):
     assert len({column.tobytes() for column in first}) == 12  # twelve different series
 
 
+@pytest.mark.slow
 def test_one_seed_draws_one_mixture():
     assert draw_texts([4, 1], 48, 60) == draw_texts([4, 1], 48, 60)
     assert not set(draw_texts([4, 1], 48, 60)) & set(draw_texts([4, 2], 48, 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [0, 1, 2, 3])
 def test_texts_follow_the_grammar(precision):
     texts = draw_texts([0], 48, 200, precision=precision)

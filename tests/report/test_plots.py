@@ -187,7 +187,8 @@ def test_families_stand_in_the_order_of_the_first_stage(ax):
     plots.plot_by_family(ax, {"untrained": first, "final": {"b_family": 0.2, "a_family": 0.4}})
     lines = _labelled(ax)
     np.testing.assert_allclose(lines["final"].get_xydata(), [[0.4, 0], [0.2, 1]])
-    assert {name: line.get_color() for name, line in lines.items()} == {n: STAGES[n] for n in ("untrained", "final")}
+    colours = {name: line.get_color() for name, line in lines.items()}
+    assert colours == {"before fine-tuning": STAGES["untrained"], "final": STAGES["final"]}
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a family", "b family"]
     assert ax.get_xlabel() == "loss (nats a token)"
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from m2helpers import report
-from m2helpers.evaluation.scores import Result
+from m2helpers.evaluation.scores import Errors, Result, to_json
 from m2helpers.files import UserError
 from m2helpers.outlooks import Forecasts, Outlook
-from m2helpers.report import pages, plots, tables
+from m2helpers.report import headline, pages, plots, tables, terms
 from m2helpers.series import table_of
 
 
@@ -27,8 +27,13 @@ def make_result(mae: float | None, context: int = 128, **changes) -> Result:
     return Result(**values | changes)
 
 
+def make_errors(mae: float) -> Errors:
+    """Errors of the same two windows."""
+    return Errors(mae**2, mae, mae, [mae, mae], [mae] * 5, [mae, mae], [mae, mae])
+
+
 def _records_in(monkeypatch, folder):
-    for module in (pages, tables):
+    for module in (headline, pages, tables):
         monkeypatch.setattr(module, "checkpoint_folder", lambda base: folder)
 
 
@@ -41,6 +46,7 @@ def test_pages_agree_with_the_records():
         assert report.fill_blocks(text, contents) == text, f"{page}: out of date, run 'make readme'"
 
 
+@pytest.mark.slow
 def test_a_changed_record_changes_the_page(tmp_path, monkeypatch):
     for stage, mae in {"base": 0.5, "initial": 0.1234}.items():
         (tmp_path / stage).mkdir()
@@ -129,14 +135,15 @@ def test_results_table_shows_invalid_forecasts_and_changes():
     table = report.results_table(
         {"untrained": [make_result(0.2)], "initial": [make_result(0.1)], "bad": [make_result(None)]}
     )
+    assert list(table["model"]) == ["before fine-tuning", "initial", "bad"]
     assert list(table["valid"]) == ["2 of 2", "2 of 2", "0 of 2"]
-    assert table["change against untrained"][1].startswith("-50 %")
+    assert table["change against before fine-tuning"][1].startswith("-50 %")
     assert table["MAE"][2] == ""  # nothing is made up for a model with no valid forecast
     apart = {
         "untrained": [make_result(0.2, window_mae=[None, 0.2])],
         "initial": [make_result(0.1, window_mae=[0.1, None])],
     }
-    assert not report.results_table(apart).get("change against untrained", [""])[0]  # nothing to compare
+    assert not report.results_table(apart).get("change against before fine-tuning", [""])[0]  # nothing to compare
     few = make_result(0.1, window_mae=[0.1], series=[0])
     with pytest.raises(UserError, match="measured on different windows"):
         report.results_table({"untrained": [make_result(0.2)], "initial": [few]})
@@ -146,6 +153,61 @@ def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
     table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
     assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.04", "no valid forecast", "0.0726; 0.0263"]
     assert "not run here" in table.index[2]
+
+
+def test_published_figures_stand_apart_with_their_source(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    (tmp_path / "initial").mkdir()
+    (tmp_path / "initial" / "metrics.json").write_text(json.dumps(to_json([make_result(0.1234)])))
+    ours, theirs = report.headline_table().split("Measured by others")
+    assert "0.1234" in ours and "0.0726" not in ours and "Qwen" not in ours
+    assert "0.0726" in theirs and report.tables.PUBLISHED_LINK in theirs and "not run here" in theirs
+    assert "untrained" not in ours + theirs
+
+
+def test_what_pre_training_cost_follows_its_record(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    assert report.pretraining_cost() == ""
+    (tmp_path / "base").mkdir()
+    sittings = [dict(machine=m, flops=f) for m, f in (("one, bfloat16", 1e15), ("two", 5e14), ("one, bfloat16", 5e14))]
+    record = sittings[-1] | {"before": sittings[:-1], "total": {"flops": 2e15}}
+    (tmp_path / "base" / "pretraining.json").write_text(json.dumps(record))
+    said = report.pretraining_cost()
+    assert "2e+15 FLOPs, not charged to the 1e+17, 75% of them on one one" in said and "validation series" in said
+
+
+def test_a_second_measurement_completes_a_record_and_changes_none_of_its_figures(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    (tmp_path / "initial").mkdir()
+    stored = Errors(0.04, 0.2, 0.2, [0.2, 0.2], [0.2], [0.1, 0.3], [0.2, 0.2])
+    again = [make_result(0.11, 128, against_stored=stored, machine="m"), make_result(0.11, 512, precision=3)]
+    first = [make_result(0.1), make_result(0.1, 512)]
+    for name, rows in (("metrics", first), ("scores", again)):
+        (tmp_path / "initial" / f"{name}.json").write_text(json.dumps(to_json(rows)))
+    at_128, at_512 = report.stage_results("embedded")["initial"]
+    assert (at_128.mae, at_128.against_stored, at_128.machine) == (0.1, stored, "m")
+    assert at_512 == first[1]  # of another precision
+
+
+def test_the_law_is_compared_by_what_the_records_say(tmp_path, monkeypatch):
+    _records_in(monkeypatch, tmp_path)
+    law = [make_result(0.1, c, window_mae=[0.1, 0.1], as_computed=make_errors(0.5)) for c in (128, 512)]
+    law = [replace(row, against_stored=make_errors(0.3)) for row in law]
+    for module in (tables, terms, headline):
+        monkeypatch.setattr(
+            module, "baseline_results", lambda: dict.fromkeys(("ODE fit", "vector autoregression"), law)
+        )
+    assert report.beside_the_law() == ""
+    (tmp_path / "extended").mkdir()
+    rows = [make_result(0.3, 128, window_mae=[0.5, 0.1]), make_result(0.04, 512, window_mae=[0.06, 0.02])]
+    (tmp_path / "extended" / "metrics.json").write_text(json.dumps(to_json(rows)))
+    said = report.beside_the_law()
+    assert "is 3.0 / 0.4 times its error (S = 128 / 512)" in said
+    assert "worse than it in 0% / 50% / 50%; 100% / 0% / 0%" in said and said in report.headline_table()
+    assert "| embedded base, extended | ODE fit | 0% / 50% / 50% | 100% / 0% / 0% | – |" in report.duels_table()
+    table = report.terms_table()
+    assert "| baseline: ODE fit | 0.1000 | 0.1000 | 0.3000 | 0.3000 |" in table
+    assert "ODE fit 0.5000 / 0.5000" in table and "| *rounding alone* | 0.0000 |" in table
 
 
 def test_live_agreement_counts_windows_and_refuses_other_data():
@@ -194,7 +256,7 @@ def test_a_picture_of_ones_own_forecast_shows_bands_and_truth(held_back):
     labels = first.get_legend_handles_labels()[1]
     assert labels == ["history", "80 % band", "50 % band", "forecast (median)"] + ["truth, held back"] * held_back
     middle = next(line for line in first.lines if line.get_label() == "forecast (median)")
-    assert middle.get_ydata().tolist() == [5] * 4
+    assert middle.get_ydata() == pytest.approx([5] * 4)
     band = first.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (1, 9)
+    assert (band.min(), band.max()) == pytest.approx((1, 9))
     plt.close(figure)

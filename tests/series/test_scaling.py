@@ -27,6 +27,7 @@ def test_nothing_is_taken_out_near_zero_or_of_a_constant(values):
     assert scaling.level[0] == 0 and np.isfinite(scaling.scale[0])
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1e12, 1e12), min_size=3, max_size=400), st.sampled_from([1e-9, 1.0, 1e9]))
 def test_what_is_written_fits_the_text_and_comes_back(values, unit):
     column = unit * np.array(values)[:, np.newaxis]

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import forecasting
-from .files import UserError, read_json
-from .ledger import default_ledger
-from .models import Base
-from .series import History, Table
-from .series.scaling import Scaling, find_spike, fit_scaling
-from .text import Codec
+from ..files import UserError, read_json
+from ..forecasting import Distribution, forecast, sample_many
+from ..ledger import default_ledger
+from ..models import Base
+from ..series import History, Table
+from ..series.scaling import Scaling, find_spike, fit_scaling
+from ..text import Codec
 
 TOGETHER = 3  # variables that the embedded base has seen in one text
 SHORTEST = 3  # steps of a history
+ROWS = 160  # sampled at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,22 @@ class Outlook:
     """What came, (steps, variables), where it was held back."""
     problem: str = ""
     """Why there is no forecast."""
+    resolution: np.ndarray | float = 0.0
+    """How far apart neighbouring numbers of the text are, (variables,), in the table's units; 0 where paths never were text."""
+    level: np.ndarray | float = 0.0
+    """The number that the text has as 0, (variables,)."""
+
+    @property
+    def distribution(self) -> Distribution:
+        """Of the steps ahead: the paths, each value spread over the numbers that round to it."""
+        points = 1e-9 * np.nanmax(np.abs(self.paths), initial=1e-300)  # as narrow as makes no difference
+        spread = np.where(np.asarray(self.resolution) > 0, self.resolution, points)
+        return Distribution.from_paths(self.paths, spread, self.level)
+
+    @property
+    def median(self) -> np.ndarray:
+        """(steps, variables): of the samples, or the likeliest path itself."""
+        return self.distribution.median if len(self.paths) > 1 else self.paths[0]
 
     @property
     def times(self) -> pd.Index | None:
@@ -130,13 +147,15 @@ def forecast_table(
         outlooks.append(Outlook(kept, index, paths, problem=problem))
         if not problem:
             scaling = fit_scaling(kept.values) if own_scale else None
+            width = codec.resolution if scaling is None else replace(codec, scale=1.0).resolution / scaling.scale
+            outlooks[-1] = replace(outlooks[-1], resolution=width, level=0.0 if scaling is None else scaling.level)
             jobs += [_Job(number, group, *_written(codec, scaling, kept.values, group)) for group in groups]
     if cut:
         rows, n = max(cut.items())
         each = " of each series" if len(table.histories) > 1 else ""
         notices.append(f"the last {n:,} of {rows:,} rows{each} are used, as many as the model was trained to read")
     how = {"constrained": constrained, "ledger": default_ledger(base)} | (
-        {"n_samples": samples, "seed": seed} if samples else {}
+        {"n_samples": samples, "seed": seed, "temperature": 1.0, "batch_size": ROWS} if samples else {}
     )
     _run(base, jobs, outlooks, steps, how)
     return _finished(table, outlooks, notices)
@@ -203,7 +222,7 @@ def _window(base: Base) -> float:
 
 
 def _run(base: Base, jobs: Sequence[_Job], outlooks: Sequence[Outlook], steps: int, how: dict) -> None:
-    """Fill the outlooks' paths: likeliest ones of texts alike all at once, sampled ones text by text."""
+    """Fill the outlooks' paths, those of texts alike all at once."""
     sampled = "n_samples" in how
     alike: dict[tuple, list[_Job]] = {}
     for job in jobs:
@@ -211,9 +230,9 @@ def _run(base: Base, jobs: Sequence[_Job], outlooks: Sequence[Outlook], steps: i
         alike.setdefault((apart, job.codec, len(job.columns)), []).append(job)
     for (_, codec, _), batch in alike.items():
         if sampled:
-            drawn = [forecasting.sample_forecasts(base, codec, job.values, steps, **how) for job in batch]
+            drawn = sample_many(base, codec, [job.values for job in batch], steps, **how)
         else:
-            made = forecasting.forecast(base, codec, [job.values for job in batch], steps, **how)
+            made = forecast(base, codec, [job.values for job in batch], steps, **how)
             drawn = [one.values[np.newaxis] for one in made]
         for job, written in zip(batch, drawn, strict=True):
             values = written if job.scaling is None else job.scaling.read(written)
@@ -238,9 +257,3 @@ def _finished(table: Table, outlooks: list[Outlook], notices: list[str]) -> Fore
         raise UserError(f"{table.source}: nothing was forecast: {name(dead[0])}{dead[0].problem}{more}")
     notices += [f"{name(outlook)}{outlook.problem}" for outlook in dead]
     return Forecasts(table, outlooks, notices, n_invalid)
-
-
-def quantiles(paths: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Quantiles over the paths that reach a step, (paths, steps, variables): (levels, steps, variables); NaN where none does."""
-    none = np.isnan(paths).all(axis=0)
-    return np.where(none, np.nan, np.nanquantile(np.where(none, 0.0, paths), levels, axis=0))

@@ -78,7 +78,7 @@ def test_the_cap_is_never_passed(ledger):
     with ledger.reserve(WHO, generate=_cost(1)) as bill:
         bill.add("generate", _cost(1))
     assert ledger.spent() == 1000
-    assert Ledger(ledger.path).cap == CAP == 10**17
+    assert Ledger(ledger.where).cap == CAP == 10**17
 
 
 def test_more_than_was_reserved_is_a_mistake_in_the_program(ledger):
@@ -94,7 +94,7 @@ def test_what_a_dead_process_had_reserved_counts_in_full(ledger):
 import os
 from m2helpers.flops.costs import Cost
 from m2helpers.ledger import Ledger, Spender
-with Ledger({str(ledger.path)!r}, 1000).reserve(Spender("dead", "trial"), train=Cost(1, 300, 300)) as bill:
+with Ledger({str(ledger.where)!r}, 1000).reserve(Spender("dead", "trial"), train=Cost(1, 300, 300)) as bill:
     bill.add("train", Cost(1, 5, 5))
     os.kill(os.getpid(), 9)
 """
@@ -106,18 +106,18 @@ with Ledger({str(ledger.path)!r}, 1000).reserve(Spender("dead", "trial"), train=
 
 def test_a_number_used_again_by_another_process_is_no_sign_of_life(ledger):
     with ledger.reserve(WHO, train=_cost(10)):
-        with sqlite3.connect(ledger.path) as database:  # as if a process of our number had started long ago
-            host, pid, _ = database.execute("SELECT owner FROM entries").fetchone()[0].rsplit(" ", 2)
+        with sqlite3.connect(ledger.where) as database:  # as if a process of our number had started long ago
+            host, pid, *_ = database.execute("SELECT owner FROM entries").fetchone()[0].split()
             database.execute("UPDATE entries SET owner = ?", (f"{host} {pid} 12345",))
         assert ledger.entries()[0]["state"] == "lost"
-        with sqlite3.connect(ledger.path) as database:  # another machine's processes cannot be seen from here
+        with sqlite3.connect(ledger.where) as database:  # another machine's processes cannot be seen from here
             database.execute("UPDATE entries SET state = 'reserved', owner = ?", (f"elsewhere {pid} 12345",))
         assert ledger.entries()[0]["state"] == "reserved"
 
 
 @pytest.mark.slow
 def test_many_processes_some_killed(tmp_path):
-    """The short version; 200 rounds of eight processes were run once (docs/experiment_log.md)."""
+    """The short version; 200 rounds of eight processes were run once (docs/experiment_archive.md)."""
     lost = 0
     for seed in range(2):
         result = campaign(tmp_path, processes=4, kills=2, seed=seed)
@@ -142,18 +142,18 @@ def test_another_file_is_refused_and_left_alone(tmp_path, content):
 def test_a_damaged_ledger_is_refused(ledger):
     with ledger.reserve(WHO, train=_cost(600)) as bill:
         bill.add("train", _cost(600))
-    content = bytearray(ledger.path.read_bytes())
+    content = bytearray(ledger.where.read_bytes())
     content[4096:6000] = b"\x07" * (6000 - 4096)  # the page of entries
-    ledger.path.write_bytes(content)
+    ledger.where.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged, or not a ledger \(.+\); move it away"):
-        Ledger(ledger.path)
-    assert ledger.path.read_bytes() == content
+        Ledger(ledger.where)
+    assert ledger.where.read_bytes() == content
 
 
 def test_a_ledger_that_is_deleted_meanwhile_is_not_started_afresh(ledger):
     with pytest.raises(UserError, match="the ledger cannot be written"), ledger.reserve(WHO, train=_cost(600)):
-        ledger.path.unlink()
-    assert not ledger.path.exists()
+        ledger.where.unlink()
+    assert not ledger.where.exists()
 
 
 def test_a_folder_that_takes_no_ledger_is_named(tmp_path, monkeypatch):
@@ -212,9 +212,9 @@ def net(home):
 
 
 def test_the_file_is_the_one_the_variable_names(home, monkeypatch):
-    assert default_ledger("embedded").path == home / "checkpoint" / "embedded" / "ledger.sqlite"
+    assert default_ledger("embedded").where == home / "checkpoint" / "embedded" / "ledger.sqlite"
     monkeypatch.setenv("M2_LEDGER", str(home / "deep" / "here.sqlite"))
-    assert default_ledger("embedded").path == home / "deep" / "here.sqlite"
+    assert default_ledger("embedded").where == home / "deep" / "here.sqlite"
     assert sorted(p.name for p in (home / "deep").iterdir()) == ["here.sqlite"]  # nothing half made beside it
 
 
@@ -290,6 +290,7 @@ def test_a_forecast_opens_its_ledger_once(home, tiny_folder, monkeypatch):
         assert len(opened) == expected
 
 
+@pytest.mark.slow
 def test_the_ledger_needs_no_torch():
     """Nor does a base that is given by its folder, or by the name that it has in the hub's cache."""
     program = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import h5py
@@ -12,8 +11,9 @@ import pandas as pd
 from scipy.integrate import solve_ivp
 from scipy.stats import norm
 
-from .files import UserError, atomic_path
-from .settings import check_least
+from ..files import UserError, atomic_path
+from ..settings import check_least
+from .equations import predator_prey
 
 PARAMETERS = ("r", "K", "a", "h", "e", "d", "x0", "y0")
 _TOLERANCE = 1e-9  # of the integrator, relative and absolute, on the logarithms of the populations
@@ -50,54 +50,6 @@ class SimulatorSettings:
             raise UserError(f"t_max {self.t_max}: must be positive and finite")
 
 
-Field = Callable[[np.ndarray], np.ndarray]
-"""The right-hand side of differential equations: states (dimensions, n) → their slopes (dimensions, n)."""
-
-
-def predator_prey(parameters: np.ndarray) -> Field:
-    """The equations of predator-prey systems: logistic prey, Holling II predator (Rosenzweig and MacArthur, 1963).
-
-    ``x' = r x (1 - x/K) - a x y / (1 + h x)``,  ``y' = e a x y / (1 + h x) - d y``
-
-    In ``ln x`` and ``ln y``, whose slopes these are, populations stay positive and the right-hand side is smooth. The classic
-    system (Lotka, 1925; Volterra, 1926) has 1/K = 0 and h = 0.
-
-    Parameters
-    ----------
-    parameters : array (6, n)
-        Rows of r, K, a, h, e, d.
-
-    Returns
-    -------
-    callable
-        Logarithms of prey and predators (2, n) → their slopes (2, n).
-    """
-    r, capacity, a, h, e, d = parameters
-    crowding, conversion = r / capacity, e * a
-
-    def slope(logs: np.ndarray) -> np.ndarray:
-        x, y = np.exp(logs)
-        response = 1.0 / (1.0 + h * x)
-        out = np.empty_like(logs)
-        out[0] = r - crowding * x - a * y * response
-        out[1] = conversion * x * response - d
-        return out
-
-    return slope
-
-
-def runge_kutta_slopes(field: Field, state: np.ndarray, step: float | np.ndarray) -> tuple[np.ndarray, ...]:
-    """The four slopes of a step of the classic Runge-Kutta method, of which it takes (k1 + 2 k2 + 2 k3 + k4) / 6.
-
-    Who steps adds them up: in what order decides the last bits, which recorded forecasts and texts depend on.
-    """
-    k1 = field(state)
-    k2 = field(state + (0.5 * step) * k1)
-    k3 = field(state + (0.5 * step) * k2)
-    k4 = field(state + step * k3)
-    return k1, k2, k3, k4
-
-
 def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
     """Draw the parameters of every system, one row a system, columns `PARAMETERS`.
 
@@ -118,9 +70,7 @@ def draw_parameters(settings: SimulatorSettings) -> pd.DataFrame:
 
 
 def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    """Simulate systems of `predator_prey`.
-
-    All are integrated together, as one stacked equation, by the eighth-order Runge-Kutta method of Dormand and Prince.
+    """Simulate systems of `predator_prey` with parameters drawn at random (`draw_parameters`).
 
     Returns
     -------
@@ -131,19 +81,39 @@ def simulate(settings: SimulatorSettings) -> tuple[np.ndarray, np.ndarray, pd.Da
         Columns `PARAMETERS`.
     """
     parameters = draw_parameters(settings)
-    values = parameters.to_numpy().T
+    time = np.linspace(0.0, settings.t_max, settings.steps)
+    return time, solve(parameters.to_numpy(), time), parameters
+
+
+def solve(parameters: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """The series of systems of `predator_prey`, float32 (n, steps, 2).
+
+    All are integrated together, as one stacked equation, by the eighth-order Runge-Kutta method of Dormand and Prince.
+
+    Parameters
+    ----------
+    parameters : array (n, 8)
+        Columns `PARAMETERS`.
+    time : array (steps,)
+        From 0 on.
+
+    Raises
+    ------
+    UserError
+        If the integration fails.
+    """
+    values = parameters.T
     field = predator_prey(values[:6])
 
     def slopes(_time: float, state: np.ndarray) -> np.ndarray:
         return field(state.reshape(2, -1)).ravel()
 
-    time = np.linspace(0.0, settings.t_max, settings.steps)
     start = np.log(values[6:].ravel())
     solution = solve_ivp(slopes, (0.0, time[-1]), start, "DOP853", time, rtol=_TOLERANCE, atol=_TOLERANCE)
     if not solution.success:
         raise UserError(f"simulation failed ({solution.message}); use parameter ranges nearer to the defaults")
-    logarithms = solution.y.reshape(2, settings.systems, settings.steps)  # (variables, systems, steps)
-    return time, np.exp(logarithms).transpose(1, 2, 0).astype(np.float32), parameters
+    logarithms = solution.y.reshape(2, len(parameters), len(time))  # (variables, systems, steps)
+    return np.exp(logarithms).transpose(1, 2, 0).astype(np.float32)
 
 
 def write_dataset(

@@ -7,16 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2helpers import forecasting
 from m2helpers.files import UserError
-from m2helpers.outlooks import forecast_table, quantiles
+from m2helpers.outlooks import forecast_table, tables
 from m2helpers.series import table_of
 from m2helpers.text import Codec
 
 
 @pytest.fixture(autouse=True)
 def no_ledger(monkeypatch):
-    monkeypatch.setattr("m2helpers.outlooks.default_ledger", lambda base: None)
+    monkeypatch.setattr("m2helpers.outlooks.tables.default_ledger", lambda base: None)
 
 
 @pytest.fixture
@@ -29,12 +28,11 @@ def echo(monkeypatch):
         texts = [codec.decode(codec.encode(values[-1:]) * steps, values.shape[1]) for values in series]
         return [SimpleNamespace(values=values) for values, _ in texts]
 
-    def sample(base, codec, values, steps, n_samples, seed=0, **how):
-        (one,) = forecast(base, codec, [values], steps)
-        return np.stack([one.values] * n_samples)
+    def sample(base, codec, series, steps, n_samples, **how):
+        return [np.stack([one.values] * n_samples) for one in forecast(base, codec, series, steps)]
 
-    monkeypatch.setattr(forecasting, "forecast", forecast)
-    monkeypatch.setattr(forecasting, "sample_forecasts", sample)
+    monkeypatch.setattr(tables, "forecast", forecast)
+    monkeypatch.setattr(tables, "sample_many", sample)
     return read
 
 
@@ -111,7 +109,7 @@ def test_one_dead_series_does_not_stop_the_others(echo):
 
 def test_nothing_parsed_is_an_error_and_half_is_said(monkeypatch):
     made = SimpleNamespace(values=np.full((1, 2), 5.0))
-    monkeypatch.setattr(forecasting, "forecast", lambda base, codec, series, *_, **__: [made] * len(series))
+    monkeypatch.setattr(tables, "forecast", lambda base, codec, series, *_, **__: [made] * len(series))
     half = forecast_table(_base(), table_of(_waves()), 3)
     assert half.n_invalid == 1 and np.isfinite(half.outlooks[0].paths).all(axis=(0, 2)).tolist() == [True, False, False]
     made.values = np.empty((0, 2))
@@ -121,7 +119,7 @@ def test_nothing_parsed_is_an_error_and_half_is_said(monkeypatch):
 
 def test_samples_that_do_not_parse_are_left_out(monkeypatch):
     monkeypatch.setattr(
-        forecasting, "sample_forecasts", lambda base, codec, values, steps, n_samples, **_: np.ones((2, steps, 2))
+        tables, "sample_many", lambda base, codec, series, steps, n_samples, **_: [np.ones((2, steps, 2))]
     )
     made = forecast_table(_base(), table_of(_waves()), 3, samples=5)
     assert made.n_invalid == 3 and made.outlooks[0].paths.shape == (5, 3, 2)
@@ -142,9 +140,23 @@ def test_a_constant_stays_itself(echo):
         np.testing.assert_allclose(made.outlooks[0].paths, value)
 
 
-def test_quantiles_are_over_the_paths_that_reach_a_step():
+def test_a_distribution_is_in_the_tables_units(echo):
+    """Each value stands for the numbers that round to it in the text: of a large level too."""
+    frame = pd.DataFrame({"a": 1e6 + np.cos(np.arange(20)), "b": np.sin(np.arange(20))})
+    (outlook,) = forecast_table(_base(), table_of(frame), 2, samples=4).outlooks
+    low, high = outlook.distribution.quantile([0, 1])[:, 0]
+    ((_, values),) = echo
+    scale = np.ptp(values, axis=0) / np.ptp(frame.to_numpy(), axis=0)
+    np.testing.assert_allclose(high - low, 0.01 / scale, rtol=1e-6)
+    np.testing.assert_allclose((low + high) / 2, outlook.paths[0, 0], rtol=1e-9)
+    np.testing.assert_allclose(outlook.median, outlook.paths[0], rtol=1e-9)
+
+
+def test_a_distribution_has_the_paths_that_reach_a_step():
     paths = np.array([[1.0, 1.0, np.nan], [3.0, np.nan, np.nan]])[..., np.newaxis]
-    np.testing.assert_array_equal(quantiles(paths, [0.5])[0, :, 0], [2, 1, np.nan])
+    table = table_of(_waves(columns=1))
+    (history,) = table.histories
+    np.testing.assert_allclose(tables.Outlook(history, None, paths).median[:, 0], [2, 1, np.nan], rtol=1e-6)
 
 
 def test_no_step_is_refused(echo):

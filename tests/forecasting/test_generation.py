@@ -7,11 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from m2helpers import forecasting
 from m2helpers.files import UserError
 from m2helpers.flops.account import generation_flops
 from m2helpers.flops.costs import Cost
-from m2helpers.forecasting import Generated, forecast, generate, sample_forecasts
+from m2helpers.forecasting import Generated, forecast, generate, generation, reading, sample_forecasts
 from m2helpers.ledger import default_ledger
 from m2helpers.lora import apply_lora
 from m2helpers.models import add_head_bias
@@ -73,7 +72,7 @@ def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
 def test_a_batch_of_a_model_with_absolute_positions_is_as_alone(base, monkeypatch):
     """GPT-2 learns a vector for each position, so padding must not move a token to another one."""
     monkeypatch.setattr(
-        "m2helpers.forecasting.generation_cost", lambda *_, **options: Cost()
+        "m2helpers.forecasting.generation.generation_cost", lambda *_, **options: Cost()
     )  # slow to count, and not asked here
     _bias(base, 26, 0)
     torch.manual_seed(0)
@@ -149,7 +148,7 @@ def test_a_forecast_has_the_steps_that_parse_and_no_more(base, monkeypatch):
     def fake(base, codec, contexts, *_, **__):
         return [Generated(text, 7) for text in texts[: len(contexts)]]
 
-    monkeypatch.setattr("m2helpers.forecasting.generate", fake)
+    monkeypatch.setattr("m2helpers.forecasting.generation.generate", fake)
     whole, cut, nothing, long = forecast(base, Codec(2.0), [np.ones((3, 2))] * 4, 2)
     np.testing.assert_allclose(whole.values, [[0.5, 1.0], [1.5, 2.0]])
     assert [f.valid for f in (whole, cut, nothing, long)] == [True, False, False, True]
@@ -175,8 +174,8 @@ def test_flops_are_those_of_a_prefill_and_single_tokens(base):
 def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     """Forced tokens join a pass, and rows without one are padded: what is billed is what the passes read."""
     read, config = [], base.model.config
-    wanted = forecasting._read
-    monkeypatch.setattr(forecasting, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    wanted = reading._read
+    monkeypatch.setattr(reading, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
     written = generate(base, CODEC, CONTEXTS, 2, 2, constrained=True, temperature=1.0)
     prompt = max(map(len, CONTEXTS))
     assert sum(rows for rows, new in read if new == prompt) == len(CONTEXTS)  # prompts, a few rows at a time
@@ -187,6 +186,23 @@ def test_every_token_of_a_pass_is_billed(base, monkeypatch):
     how = dict(vocabulary=len(Grammar(CODEC, 2).alphabet))
     expected = sorted(generation_flops(config, 1, prompt, n + 1, **how) for n in tokens)
     assert sorted(g.flops for g in written) == expected
+
+
+def test_a_context_that_stands_several_times_is_read_and_billed_once(base, monkeypatch):
+    """Its prefill is split among its rows, to the last FLOP; other contexts of the batch pay their own."""
+    read, config, wanted = [], base.model.config, reading._read
+    monkeypatch.setattr(reading, "_read", lambda m, c, ids, *a: read.append(ids.shape) or wanted(m, c, ids, *a))
+    before = default_ledger(base).spent()
+    contexts = [CONTEXTS[0]] * 3 + [CONTEXTS[3]] + [CONTEXTS[0]] * 4
+    made = generate(base, CODEC, contexts, 2, 2, temperature=1.0)
+    prompt = len(CONTEXTS[0])
+    assert sum(rows for rows, new in read if new == prompt) == 2
+    prefill = generation_flops(config, 1, prompt, 1)
+    whole = [generation_flops(config, 1, prompt, len(g.text)) for g in made]  # what each would cost alone
+    bill = default_ledger(base).spent() - before
+    assert bill == sum(g.flops for g in made) == sum(whole) - 6 * prefill
+    assert made[3].flops == whole[3]
+    assert all(0 <= whole[i] - made[i].flops - prefill * 6 // 7 <= 1 for i in (0, 1, 2, 4, 5, 6, 7))
 
 
 def test_more_than_a_model_can_read_is_refused(base):
@@ -200,7 +216,7 @@ def test_decoding_that_is_stopped_is_billed_in_full(base, monkeypatch):
         raise KeyboardInterrupt
 
     before = default_ledger(base).spent()
-    monkeypatch.setattr(forecasting, "_continue", stopped)
+    monkeypatch.setattr(generation, "continue_prompts", stopped)
     with pytest.raises(KeyboardInterrupt):
         generate(base, CODEC, CONTEXTS[:1], 2, 2)
     (entry,) = default_ledger(base).entries()[-1:]
@@ -228,9 +244,29 @@ def test_samples_follow_the_seed(base):
     assert cold == _texts(base)  # so cold that only the likeliest is left
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_contexts_draws_know_nothing_of_the_call(base, constrained):
+    how = dict(temperature=1.5, seed=3, constrained=constrained)
+    alone = {c: _texts(base, [c] * 3, **how) for c in CONTEXTS[:3]}
+    assert all(len(set(texts)) > 1 for texts in alone.values())
+    mixed = [CONTEXTS[i] for i in (2, 0, 1, 0, 2, 1, 1, 0, 2)]
+    for batch_size in (50, 4):
+        made = _texts(base, mixed, batch_size=batch_size, **how)
+        assert {c: [t for m, t in zip(mixed, made, strict=True) if m == c] for c in CONTEXTS[:3]} == alone
+
+
+def test_rows_of_one_prompt_are_as_rows_of_many(base, monkeypatch):
+    """Greedy rows of one text, which hold it once, write what a row alone does, which holds its own; also where none can share."""
+    alone = _texts(base, batch_size=1)
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(reading, "can_share", lambda *_: False)
+        assert _texts(base, [c for c in CONTEXTS for _ in range(3)]) == [t for t in alone for _ in range(3)]
+
+
 def test_samples_that_do_not_parse_are_left_out(base, monkeypatch):
     texts = ["1.00,2.00;", "1.00;", "3.00,4.00;"]
-    monkeypatch.setattr("m2helpers.forecasting.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
+    monkeypatch.setattr("m2helpers.forecasting.generation.generate", lambda *_, **__: [Generated(t, 1) for t in texts])
     drawn = sample_forecasts(base, CODEC, np.ones((3, 2)), 1, 3)
     np.testing.assert_array_equal(drawn, [[[1, 2]], [[3, 4]]])
     texts[:] = ["x", "", ";"]
@@ -272,6 +308,7 @@ def test_one_row_that_is_no_number_is_an_error(base):
     with torch.no_grad():
         base.model.model.embed_tokens.weight[24] = torch.nan  # a 9
         base.model.lm_head.weight = torch.nn.Parameter(base.model.lm_head.weight.nan_to_num())  # not its logit
+    _bias(base, 24, -1000)  # and no 9 is drawn
     assert _texts(base, ["1.16,1.27;"], temperature=0.9)
     with pytest.raises(UserError, match="not a number"):
         _texts(base, ["1.16,1.27;", "9.99,9.98;"], temperature=0.9)

@@ -1,0 +1,5 @@
+"""Decoding: a series becomes text, the model writes on, and what it wrote is read strictly back into numbers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

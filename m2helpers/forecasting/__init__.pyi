@@ -1,0 +1,13 @@
+from .distribution import Distribution as Distribution
+from .exact import NextStep as NextStep
+from .exact import forecast_distributions as forecast_distributions
+from .exact import next_step as next_step
+from .exact import predictive_distributions as predictive_distributions
+from .generation import Forecast as Forecast
+from .generation import Generated as Generated
+from .generation import Options as Options
+from .generation import SamplingOptions as SamplingOptions
+from .generation import forecast as forecast
+from .generation import generate as generate
+from .generation import sample_forecasts as sample_forecasts
+from .generation import sample_many as sample_many

@@ -1,0 +1,13 @@
+from .book import Ledger as Ledger
+from .book import default_ledger as default_ledger
+from .book import ledger_note as ledger_note
+from .book import ledger_path as ledger_path
+from .book import read_ledger as read_ledger
+from .entries import COLUMNS as COLUMNS
+from .entries import Bill as Bill
+from .entries import CapReached as CapReached
+from .entries import Entry as Entry
+from .entries import Payer as Payer
+from .entries import Report as Report
+from .entries import Spender as Spender
+from .entries import spender_of as spender_of

@@ -1,0 +1,10 @@
+from .frames import LEVELS as LEVELS
+from .frames import forecast_frame as forecast_frame
+from .frames import long_frame as long_frame
+from .frames import wide_frame as wide_frame
+from .heldback import backtest as backtest
+from .heldback import forecast_held_back as forecast_held_back
+from .heldback import scores as scores
+from .tables import Forecasts as Forecasts
+from .tables import Outlook as Outlook
+from .tables import forecast_table as forecast_table

@@ -1,0 +1,81 @@
+"""The front page's table, and the sentences beneath it that say what its figures rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from ..evaluation.protocols import P5_CONTEXTS
+from ..evaluation.scores import Result, paired_change
+from ..experiments.planning import stage_label
+from ..files import read_json
+from ..flops.account import CAP
+from ..paths import checkpoint_folder
+from .findings import NO_FORECAST, markdown_header, seed_records
+from .tables import baseline_results, comparable, interval, published_table, stage_results, verdict
+from .terms import beside_the_law
+
+
+def headline_table(base: str = "embedded") -> str:
+    """The front page's table in Markdown: P5 error by stage and context with intervals, the baselines, and apart the published."""
+    ours = stage_results(base)
+    lines = markdown_header("P5 mean absolute error (population units)", *(f"S = {s}" for s in P5_CONTEXTS))
+    for stage, rows in ours.items():
+        cells = dict.fromkeys(P5_CONTEXTS, "–")  # not measured
+        cells |= {r.context: NO_FORECAST if r.mae is None else f"**{r.mae:.4f}** ({interval(r)})" for r in rows}
+        lines.append(f"| {base} base, {stage_label(stage)} | {' | '.join(cells[s] for s in P5_CONTEXTS)} |")
+    for name, rows in baseline_results().items():
+        lines.append(f"| baseline: {name} | {' | '.join(f'{row.mae:.4f}' for row in rows)} |")
+    said = [
+        f"All on equal terms: truth and forecasts rounded alike. {beside_the_law(base)}".strip(),
+        _verdicts(ours),
+        _provenance(base, ours),
+        pretraining_cost(base),
+        published_table(),
+    ]
+    return "\n".join([*lines, *(line for paragraph in said if paragraph for line in ("", paragraph))])
+
+
+def pretraining_cost(base: str = "embedded") -> str:
+    """What went into a base before any fine-tuning, in one sentence; empty if nothing is recorded."""
+    path = checkpoint_folder(base) / "base" / "pretraining.json"
+    if not path.is_file():
+        return ""
+    record = read_json(path)
+    sittings = pd.DataFrame([*record["before"], record])
+    by_machine = sittings.groupby("machine")["flops"].sum()
+    most = str(by_machine.idxmax())
+    return (
+        f"*Before fine-tuning* does not mean untrained: pre-training on synthetic series took {record['total']['flops']:.2g} FLOPs, not charged to "
+        f"the {CAP:.0e}, {by_machine.max() / by_machine.sum():.0%} of them on one {most.split(',')[0]}, and the families of those series were chosen with the "
+        "validation series in view."
+    )
+
+
+def _verdicts(ours: Mapping[str, Sequence[Result]]) -> str:
+    """Each later stage against the base before fine-tuning in words, where they can be compared."""
+    before = {row.context: row for row in ours.get("untrained", [])}
+    verdicts = []
+    for stage, rows in ours.items():
+        known = all(row.context in before and comparable(row, before[row.context]) for row in rows)
+        if stage != "untrained" and known:
+            words = [verdict(paired_change(row, before[row.context])) for row in rows]
+            each = "; ".join(f"S = {row.context}, {word}" for row, word in zip(rows, words, strict=True))
+            verdicts.append(f"*{stage_label(stage)}*: {f'{words[0]} at every S' if len(set(words)) == 1 else each}.")
+    return (
+        f"Beside the base before fine-tuning, on the windows both got valid: {' '.join(verdicts)}" if verdicts else ""
+    )
+
+
+def _provenance(base: str, ours: Mapping[str, Sequence[Result]]) -> str:
+    """What the figures rest on: split, intervals, seeds, forecasts that count."""
+    seeds = {stage: len(seed_records(checkpoint_folder(base), stage)) for stage in ours if stage != "untrained"}
+    several = ", ".join(f"{stage} {n}" for stage, n in seeds.items()) + ", of which the first is shown"
+    trained = several if max(seeds.values(), default=1) > 1 else "1"
+    valid = sum(row.n_valid for rows in ours.values() for row in rows)
+    total = sum(row.n for rows in ours.values() for row in rows)
+    return (
+        f"Test split of the shipped data, 95 % bootstrap intervals in brackets, training seeds: {trained}; "
+        f"{valid:,} of {total:,} forecasts of ours parsed whole and count."
+    )

@@ -1,0 +1,13 @@
+from .draws import PARAMETERS as PARAMETERS
+from .draws import SimulatorSettings as SimulatorSettings
+from .draws import draw_parameters as draw_parameters
+from .draws import simulate as simulate
+from .draws import write_dataset as write_dataset
+from .equations import Field as Field
+from .equations import integrate as integrate
+from .equations import predator_prey as predator_prey
+from .equations import runge_kutta_slopes as runge_kutta_slopes
+from .law import Law as Law
+from .law import fit_law as fit_law
+from .law import law_of as law_of
+from .law import load_law as load_law
