@@ -28,10 +28,11 @@ from .decoding import Rules, uniform_numbers
 from .distribution import Cells, Distribution
 from .generation import PATIENCE, adaptation, encode_prompts
 from .resampling import resample
-from .trees import ROWS, Account, Begun, Forest
+from .trees import ROWS, Account, Begun, Forest, Nodes, joined
 
 CUTOFF = 1e-4  # of the mass
-THINNING = 10  # times the cutoff: the least mass of a beginning in later steps
+THINNING = 10  # times the cutoff: the least mass of a beginning where there are too many to keep all
+LOST = 0.01  # of the mass: with more below the cutoff, a first step is thinned, too
 PATHS = 20
 
 
@@ -121,6 +122,8 @@ def predictive_distributions(
 ) -> list[Distribution]:
     """What comes after each text, step by step: the first step exactly, later ones as mixtures over weighted paths.
 
+    Where the first step's later numbers are so uncertain that pruning would lose a hundredth of the mass, they are mixtures, too.
+
     What is decoded, how finely, and who pays are all arguments, so they are many.
 
     Parameters
@@ -138,8 +141,8 @@ def predictive_distributions(
     seed : int
         Of which paths go on. What becomes of a context follows from it and the context alone.
     cutoff : float
-        Of the first step, beginnings with less probability are left out. Later ones are thinned, with `THINNING` times as much
-        for the least mass: that leaves expectations as they are.
+        Of the first step, beginnings with less probability are left out. Where there are too many, and in later steps, they are
+        thinned, with `THINNING` times as much for the least mass: that leaves expectations as they are.
     lora, ledger
         As in `generate`.
 
@@ -221,7 +224,8 @@ class _Grove:
         own, paths = (self.forest.reader.own, len(self.forest.weight)) if self.marginals[0] else (0, len(self.contexts))
         codec, n = self.grammar.codec, self.grammar.n_variables
         numbers = 2 * 10 ** (codec.max_integer_digits + codec.precision)
-        beginnings = min(len(self.contexts) * int(1 / self.cutoff + 1), paths * numbers**n)
+        most = (1 + 1 / THINNING) / self.cutoff + 2  # of a context: all that are heavy enough, and once more thinned
+        beginnings = min(len(self.contexts) * int(most), 2 * paths * numbers**n)
         return self.account.most(len(self.contexts), own, beginnings, self.longest * n)
 
     def step(
@@ -240,24 +244,47 @@ class _Grove:
                 steps.append([])
         for variable in range(forest.done, n):
             ends, numbers = variable == n - 1, next(draws) if draws else None
-            thin = None if first or numbers is None else numbers[:, 1:]
-            leaves = forest.grow(temperature, self.cutoff * (1 if first else THINNING), thin)
-            leaves = leaves.take(np.lexsort((leaves.cell, forest.window[leaves.row])))
+            entering = np.bincount(forest.window, forest.weight, len(self.contexts))
+            leaves, thinned = self._leaves(temperature, first, entering, None if numbers is None else numbers[:, 1:])
             kept, weights = [], []
             for window, steps in enumerate(self.marginals):
                 at = np.flatnonzero(forest.window[leaves.row] == window)
                 if not len(at):
-                    raise UserError(f"cutoff {self.cutoff}: every number has less probability; give a smaller one")
+                    raise UserError(
+                        f"cutoff {self.cutoff}: every next step has less probability; give a smaller one, one variable, or "
+                        "take forecast_distributions"
+                    )
                 mass = leaves.mass[at]
                 steps[-1].append((leaves.cell[at], mass))
-                if first and ends:
-                    self.pruned[window] = max(0.0, 1 - mass.sum())
+                if first and not thinned[window]:
+                    self.pruned[window] += max(0.0, entering[window] - mass.sum())
                 some = np.arange(len(at))
                 if n_paths is not None and numbers is not None and (ends or not first):
                     some, mass = resample(mass, n_paths, numbers[window, 0])
                 kept.append(at[some])
                 weights.append(mass / mass.sum() if ends else mass)
             forest.follow(leaves.take(np.concatenate(kept)), np.concatenate(weights), read=not (ends and last))
+
+    def _leaves(
+        self, temperature: float, first: bool, entering: np.ndarray, uniform: np.ndarray | None
+    ) -> tuple[Nodes, np.ndarray]:
+        """The next number of each path, sorted by context and cell, and which contexts were thinned, (contexts,).
+
+        `entering` (contexts,) is the mass of each context's paths.
+        """
+        forest, parts = self.forest, list[Nodes]()
+        thinned = np.full(len(self.contexts), not first)
+        if first:
+            leaves = forest.grow(temperature, self.cutoff)
+            if uniform is not None:
+                kept = np.bincount(forest.window[leaves.row], leaves.mass, len(self.contexts))
+                thinned = kept < (1 - LOST) * entering
+            parts.append(leaves.take(~thinned[forest.window[leaves.row]]))
+        if thinned.any():
+            wide = np.flatnonzero(thinned[forest.window])
+            parts.append(forest.grow(temperature, self.cutoff * THINNING, uniform, wide))
+        leaves = joined(parts)
+        return leaves.take(np.lexsort((leaves.cell, forest.window[leaves.row]))), thinned
 
     def distributions(self) -> list[Distribution]:
         """Of each context, in the units of the series."""

@@ -171,7 +171,9 @@ class Forest:
         self.reader = Reader(base, prompts, branching=True)
         account.prompts(self.reader.n_prompts)
 
-    def grow(self, temperature: float, cutoff: float, uniform: np.ndarray | None = None) -> Nodes:
+    def grow(
+        self, temperature: float, cutoff: float, uniform: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> Nodes:
         """The next number of each path, whole, with its mass.
 
         Parameters
@@ -183,10 +185,12 @@ class Forest:
         uniform : (contexts, longest + 1), optional
             ... or, with these numbers in [0, 1), one a character, thinned: of every context's, systematic sampling keeps some, each
             with a chance in proportion to its mass, and with the cutoff for its mass.
+        rows : int array, optional
+            Only of these paths.
         """
-        n = len(self.window)
-        parts = [self._grow(np.arange(i, min(i + ROWS, n)), temperature, cutoff, uniform) for i in range(0, n, ROWS)]
-        return _joined(parts)
+        rows = np.arange(len(self.window)) if rows is None else rows
+        parts = [self._grow(rows[i : i + ROWS], temperature, cutoff, uniform) for i in range(0, len(rows), ROWS)]
+        return joined(parts)
 
     def _grow(self, rows: np.ndarray, temperature: float, cutoff: float, uniform: np.ndarray | None) -> Nodes:
         blank = np.full((len(rows), self.longest), -1, dtype=np.int64)
@@ -210,7 +214,7 @@ class Forest:
                 twin = twin.branch(rows[at]) if twin is self.reader else twin.branch(at)
                 self._read(twin, nodes, begun[~whole])
                 hidden = twin.hidden
-        return _joined(found)
+        return joined(found)
 
     def _shares(self, hidden: torch.Tensor, state: np.ndarray, temperature: float) -> np.ndarray:
         """Of each character after each node: (nodes, characters)."""
@@ -238,7 +242,7 @@ class Forest:
         self.account.tokens(len(nodes), before, n)
 
 
-def _joined(parts: Sequence[Nodes]) -> Nodes:
+def joined(parts: Sequence[Nodes]) -> Nodes:
     return Nodes(*(np.concatenate([getattr(part, name) for part in parts]) for name in Nodes.__dataclass_fields__))
 
 

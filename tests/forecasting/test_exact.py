@@ -137,11 +137,23 @@ def test_a_contexts_distribution_knows_nothing_of_the_call(base):
 
 
 def test_its_first_step_is_the_next_step(base):
-    found = next_step(base, SHORT, CONTEXT, 2, temperature=0.8)
-    (made,) = predictive_distributions(base, SHORT, [CONTEXT], 2, 2, temperature=[0.8, 2.0], n_paths=2)
+    found = next_step(base, SHORT, CONTEXT, 2, temperature=0.8, cutoff=1e-6)
+    how = dict(temperature=[0.8, 2.0], n_paths=2, cutoff=1e-6)
+    (made,) = predictive_distributions(base, SHORT, [CONTEXT], 2, 2, **how)
     mean = (found.values * found.probabilities[:, np.newaxis]).sum(0) / found.probabilities.sum()
     assert made.mean[0, 1] == pytest.approx(mean[1], rel=1e-6) and made.mean[0, 0] == pytest.approx(mean[0], abs=0.05)
     assert made.pruned[0] == pytest.approx(found.pruned, rel=1e-6)
+
+
+def test_a_first_step_too_wide_to_be_pruned_is_right_on_average(base):
+    """Pruned at 5e-3 the second number would lose much; thinned, it loses nothing."""
+    assert next_step(base, SHORT, CONTEXT, 2, cutoff=5e-3).pruned > 0.05
+    exact = next_step(base, SHORT, CONTEXT, 2, cutoff=1e-6)
+    wanted = (exact.values * exact.probabilities[:, np.newaxis]).sum(0)
+    how = dict(n_paths=20, cutoff=5e-3)
+    made = [predictive_distributions(base, SHORT, [CONTEXT], 1, 2, seed=seed, **how)[0] for seed in range(30)]
+    assert np.mean([one.mean[0] for one in made], axis=0) == pytest.approx(wanted, rel=0.04)
+    assert max(one.pruned.max() for one in made) < 0.01
 
 
 def test_a_colder_step_is_narrower(base):
