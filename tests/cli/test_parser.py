@@ -44,7 +44,7 @@ def test_help_of_train_says_what_the_stages_have(capsys):
     steps = " / ".join(str(stage.max_steps) for stage in STAGES.values())
     assert f"--max-steps INT Optimizer steps in all. (default: {steps})" in text
     assert "--batch-size INT Windows of text per optimizer step. (default: 4)" in text
-    assert "--stage {initial,final,extended}" in text
+    assert "--stage {initial,final,extended,amortised}" in text
 
 
 def test_help_of_pretrain_shows_its_defaults(capsys):
