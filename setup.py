@@ -17,6 +17,7 @@ SHIPPED = (
     "checkpoint/embedded/**/history.csv",
     "checkpoint/embedded/**/README.md",
     "data/lotka_volterra_data.h5",
+    "data/instructions/*.jsonl",
     "data/baselines/*-39f17ee6eb7b17fd.npz",  # of that data: the ODE fits take minutes
     "data/law/39f17ee6eb7b17fd.json",
     "data/floor/*-39f17ee6eb7b17fd.npz",

@@ -1,10 +1,12 @@
 from .data import load_dataset as load_dataset
+from .evaluation import backtest as backtest
 from .evaluation import evaluate as evaluate
 from .files import UserError as UserError
 from .flops import forward_account as forward_account
 from .flops import generation_flops as generation_flops
 from .flops import training_flops as training_flops
 from .forecasting import forecast as forecast
+from .forecasting import forecast_frame as forecast_frame
 from .forecasting import sample_forecasts as sample_forecasts
 from .ledger import Ledger as Ledger
 from .ledger import default_ledger as default_ledger
@@ -17,8 +19,6 @@ from .lora import unmerge as unmerge
 from .models import Base as Base
 from .models import add_head_bias as add_head_bias
 from .models import load_base as load_base
-from .outlooks import backtest as backtest
-from .outlooks import forecast_frame as forecast_frame
 from .runs import Run as Run
 from .runs import load_run as load_run
 from .series import read_series as read_series

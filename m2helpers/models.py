@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -40,7 +41,7 @@ from .engine.modelfiles import (
     unloadable,
 )
 from .files import UserError, sha256_files
-from .paths import find_base, hub_files, is_hub_name, short_name, weight_files
+from .paths import EMBEDDED, find_base, hub_files, is_hub_name, short_name, weight_files
 from .settings import default_model
 
 LARGE = 2**28  # bytes of weights; from there on, precision is a matter of time and memory
@@ -71,12 +72,23 @@ class Base:
         return short_name(self.name)
 
     @property
+    def recorded_name(self) -> str:
+        """The name as a record keeps it: of a folder, its whole path."""
+        return str(Path(self.name).resolve()) if self.name != EMBEDDED and Path(self.name).is_dir() else self.name
+
+    @property
     def pad_id(self) -> int:
         """The token that fills the left of a batch; its value does not matter, because it is masked."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
 
-def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | None = None) -> Base:
+def load_base(
+    name: str | None = None,
+    *,
+    head_bias: bool = True,
+    dtype: str | None = None,
+    quantised: BitsAndBytesConfig | None = None,
+) -> Base:
     """Load a base model and its tokenizer, in evaluation mode, on the first of CUDA, MPS and CPU that there is.
 
     The environment variables ``M2_DTYPE`` and ``M2_DEVICE`` overrule the choice of precision and device.
@@ -91,6 +103,8 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     dtype : {"float32", "bfloat16"}, optional
         Of the weights. By default bfloat16 for a large model where the device is faster at it, else float32: a small
         model then gives the same forecasts on every machine.
+    quantised : BitsAndBytesConfig, optional
+        How the weight matrices of the layers are kept, if in fewer bits (`m2helpers.instruct.quantised`).
 
     Raises
     ------
@@ -112,7 +126,7 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
         check_causal(name, config)
         needed = stored * precision.itemsize // getattr(config.dtype, "itemsize", 4)
         _check_memory(name, needed, device)
-        model = _read_weights(folder, config, precision)
+        model = _read_weights(folder, config, precision, device, quantised)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         raise
@@ -130,7 +144,8 @@ def load_base(name: str | None = None, *, head_bias: bool = True, dtype: str | N
     kept = model.generation_config
     ends = dict(eos_token_id=kept.eos_token_id, pad_token_id=kept.pad_token_id, bos_token_id=kept.bos_token_id)
     model.generation_config = GenerationConfig(do_sample=False, **ends)
-    cast(nn.Module, model).to(device)  # in place; transformers' own `to` has no types
+    if not quantised:
+        cast(nn.Module, model).to(device)  # in place; transformers' own `to` has no types
     return Base(model.eval(), tokenizer, name, sha256_files(weights))
 
 
@@ -139,8 +154,12 @@ def _refuse_file(name: str) -> None:
         raise UserError(f"{name}: is a file; give a folder in hub format, with config.json and *.safetensors")
 
 
-def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read_weights(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str, quantised: BitsAndBytesConfig | None
+) -> PreTrainedModel:
     """The model in a folder, all of its weights read from there and nothing else."""
+    # What is quantised is so once it is on its device, and stays there.
+    there = {"quantization_config": quantised, "device_map": {"": device}} if quantised else {}
     with _quiet():  # of missing weights transformers prints a table; here they are an error of one line
         # An adapter beside the weights would be applied without a word: it is looked for where none can be.
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -152,6 +171,7 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) ->
             trust_remote_code=False,
             output_loading_info=True,
             adapter_kwargs={"subfolder": "no-adapter"},
+            **there,
         )
     model, report = cast("tuple[PreTrainedModel, dict[str, set]]", loaded)  # as output_loading_info asks for
     # Both of these transformers would draw at random, and go on.

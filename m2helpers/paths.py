@@ -39,6 +39,7 @@ def _find_roots() -> tuple[Path, Path]:
 ROOT, HOME = _find_roots()
 EMBEDDED_BASE = ROOT / _BASE
 DATA_FILE = ROOT / "data" / "lotka_volterra_data.h5"
+INSTRUCTIONS = ROOT / "data" / "instructions"
 SHIPPED_BASELINES = ROOT / "data" / "baselines"
 SHIPPED_LAWS = ROOT / "data" / "law"
 SHIPPED_FLOORS = ROOT / "data" / "floor"

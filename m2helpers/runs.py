@@ -30,7 +30,7 @@ from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .paths import find_run
-from .settings import EMBEDDED, Recorded, Setting, TrainSettings, canonical, changes
+from .settings import Recorded, Setting, TrainSettings, canonical, changes
 from .simulator import Law
 from .text import Codec, numeric_tokens
 
@@ -166,7 +166,7 @@ def describe(
         "base_sha256": base.sha256,
         "settings_sha256": settings_sha256(settings, dataset, base.sha256, law.sha256 if law else None),
         "stage": stage,
-        "base": str(Path(base.name).resolve()) if base.name != EMBEDDED and Path(base.name).is_dir() else base.name,
+        "base": base.recorded_name,
         "data": Path(dataset.path).name,
         "scale": codec.scale,
         "codec": asdict(codec),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, get_type_hints
 from .files import UserError
 from .flops.costs import Adaptation
 from .paths import EMBEDDED as EMBEDDED
+from .paths import is_embedded
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -85,6 +86,11 @@ def _as(kind: type, name: str, value: object) -> Setting:
 def _check_max_grad_norm(value: float) -> None:
     if not 0 < value < math.inf:  # 0 would not mean "no clipping" but no gradient
         raise UserError(f"max_grad_norm {value}: give a number above 0, such as 1")
+
+
+def _check_learning_rate(value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"learning_rate {value}: give a number between 0 and 1, such as 1e-4")
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,7 @@ class TrainSettings(LoraSettings):
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"weight_decay {self.weight_decay}: give 0 or more, such as 0.01")
         _check_max_grad_norm(self.max_grad_norm)
-        if not 0 < self.learning_rate < 1:
-            raise UserError(f"learning_rate {self.learning_rate}: give a number between 0 and 1, such as 1e-4")
+        _check_learning_rate(self.learning_rate)
 
     @property
     def adaptation(self) -> Adaptation:
@@ -238,6 +243,63 @@ class TrainSettings(LoraSettings):
 
 AMORTISED = "amortised"
 """A stage that stands apart from `STAGES`: it trains on series simulated from the law that is fitted to the training split."""
+
+
+@dataclass(frozen=True)
+class InstructSettings(LoraSettings):
+    """What fixes an instruction-tuning run, together with the rows and the base. The defaults are those of common QLoRA recipes."""
+
+    lora_r: int = 16
+    """Rank of the LoRA updates."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA updates: each is multiplied by lora_alpha / lora_r."""
+    four_bit: bool = True
+    """1: the base's weight matrices are kept in four bits (NF4); 0: in full precision."""
+    double_quant: bool = False
+    """1: the scales of the four-bit blocks are quantised as well, which saves a little more memory."""
+    train_tokens: bool = False
+    """1: the embedding of each token that the training rows use is trained as well, for a base that never read their words; 0: LoRA alone."""
+    response_only: bool = True
+    """1: only the response and its end are scored; 0: the prompt too (labels = input_ids)."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW; from there it falls to zero along a line."""
+    epochs: int = 3
+    """Times that every row is trained on."""
+    batch_size: int = 2
+    """Rows of a forward pass, in training and in validation."""
+    accumulation: int = 2
+    """Forward passes of an optimizer step."""
+    max_length: int = 512
+    """Longest row, in tokens; longer ones are cut."""
+    max_grad_norm: float = 1.0
+    """Norm to which a larger gradient is clipped."""
+    answers: int = 200
+    """Validation rows that are answered before and after, to count the exact ones; 0: none."""
+    seed: int = 0
+    """Seed of the LoRA matrices, the order of the rows and dropout."""
+    gradient_checkpointing: bool = False
+    """1: compute the activations inside the layers again for the backward pass, which saves memory and costs time; 0: keep them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, dict(lora_r=1, epochs=1, batch_size=1, accumulation=1, max_length=64, answers=0, seed=0))
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout {self.lora_dropout}: give a share from 0 up to 1, such as 0.05")
+        _check_max_grad_norm(self.max_grad_norm)
+        _check_learning_rate(self.learning_rate)
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """What the account has to know of the run."""
+        return Adaptation(self.lora_r, self.target_modules, None, self.gradient_checkpointing, head_bias=False)
+
+
+def instruct_settings(base: str) -> InstructSettings:
+    """The settings to start from with a base: those of common recipes, but for the embedded one, which is small and never read a word."""
+    return InstructSettings(learning_rate=EMBEDDED_RATE, train_tokens=True) if is_embedded(base) else InstructSettings()
+
+
+EMBEDDED_RATE = 5e-3  # of instruction tuning; between 3e-3 and 1e-2, which did much alike on validation rows
 
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

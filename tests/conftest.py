@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("M2_MODEL", None)
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import settings
@@ -68,3 +70,34 @@ def small_data(tmp_path_factory):
 def long_data(tmp_path_factory):
     """Twelve simulated systems of 100 steps."""
     return _dataset(tmp_path_factory.mktemp("data") / "long.h5")
+
+
+@pytest.fixture
+def ramp(monkeypatch):
+    """A model whose samples are the last values plus 1, 2, 3, ... hundredths of the text, and whose likeliest is the last."""
+
+    def sample(base, codec, series, steps, n_samples, **_):
+        ahead = [np.repeat(values[-1:], steps, axis=0) for values in series]
+        return [np.stack([values + 0.01 * i for i in range(n_samples)]) for values in ahead]
+
+    def forecast(base, codec, series, steps, **_):
+        return [type("F", (), {"values": np.repeat(values[-1:], steps, axis=0)}) for values in series]
+
+    monkeypatch.setattr("m2helpers.forecasting.tables.sample_many", sample)
+    monkeypatch.setattr("m2helpers.forecasting.tables.forecast", forecast)
+
+
+@pytest.fixture
+def long():
+    """Makes a table of two series of two variables, one below the other."""
+    return _long
+
+
+def _long(n=20):
+    days = pd.date_range("2021-01-01", periods=n, freq="D")
+    values = 2 + np.sin(np.arange(n) / 3)
+    parts = [
+        pd.DataFrame({"item": name, "day": days, "hare": values * i, "lynx": values + i})
+        for i, name in ((1, "x"), (2, "y"))
+    ]
+    return pd.concat(parts, ignore_index=True)

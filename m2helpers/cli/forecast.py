@@ -15,7 +15,7 @@ from ..settings import default_model
 from .options import Adapter, BaseOrRun, File, Flag, InputFile, OptionalFile, RunOrBase, load_target
 
 if TYPE_CHECKING:
-    from ..outlooks import Forecasts
+    from ..forecasting import Forecasts
     from ..series import Table
 
 Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: recognised)")]
@@ -105,7 +105,7 @@ class Forecast(_OwnTable):
             raise UserError("--scale run: an untrained model has no scale; give --run, or leave --scale out")
         table = self.read()
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
-        from ..outlooks import forecast_table, wide_frame
+        from ..forecasting import forecast_table, wide_frame
 
         made = forecast_table(
             base,
@@ -145,7 +145,7 @@ class Backtest(_OwnTable):
             refuse_output(self.out, self.file)
         table = self.read()
         base, run, _ = load_target(self.model, self.run, self.adapter, constrained=True)
-        from ..outlooks import forecast_held_back, scores
+        from ..evaluation import forecast_held_back, scores
 
         made = forecast_held_back(
             base,

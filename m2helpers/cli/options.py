@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ..engine.tracking import TRACKERS
 from ..files import UserError
-from ..settings import PretrainSettings, TrainSettings
+from ..settings import InstructSettings, PretrainSettings, TrainSettings
 
 if TYPE_CHECKING:
     from ..models import Base
@@ -90,7 +90,7 @@ def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
-Settings = TypeVar("Settings", PretrainSettings, TrainSettings)
+Settings = TypeVar("Settings", PretrainSettings, TrainSettings, InstructSettings)
 
 
 def flags_of(settings: type[Settings], about: str, default: Callable[[Field], str]) -> object:

@@ -13,6 +13,7 @@ import tyro
 from .accounts import Flops, Spent
 from .data import Encode, Simulate
 from .forecast import Backtest, Forecast
+from .instruct import Instruct
 from .measuring import Calibrate, Evaluate, Floor
 from .options import REGISTRY
 from .pages import Bench, FillReadme
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "encode": Encode,
     "pretrain": Pretrain,
     "train": Train,
+    "instruct": Instruct,
     "sweep": Sweep,
     "experiments": Experiments,
     "evaluate": Evaluate,

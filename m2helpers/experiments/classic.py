@@ -20,8 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from ..evaluation.naive import parrot
 from ..files import write_json
+from ..forecasting import forecast_table
 from ..models import Base
-from ..outlooks import forecast_table
 from ..series import table_of
 from ..text import Codec
 from .timing import machine

@@ -29,6 +29,13 @@ QWEN_05B: dict[str, Any] = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
+# Qwen/Qwen2.5-1.5B-Instruct, from its config.json: what differs
+QWEN_15B: dict[str, Any] = QWEN_05B | {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}
 QWEN_05B_DTYPE = "bfloat16"  # of its published weights; not a size, so a model built from QWEN_05B is float32
 
 

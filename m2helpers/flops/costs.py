@@ -54,12 +54,15 @@ class Adaptation:
     """Rows of the head that are scored; None for all."""
     gradient_checkpointing: bool = False
     """Whether the layers run forward once more in the backward pass."""
+    head_bias: bool = True
+    """Whether the LM head has a bias."""
 
     def options(self, convention: str) -> Options:
         """What the account asks for, by one convention."""
         return Options(
             lora_r=self.lora_r,
             target_modules=self.target_modules,
+            head_bias=self.head_bias,
             vocabulary=self.vocabulary,
             convention=convention,
         )

@@ -1,4 +1,4 @@
-"""Decoding: a series becomes text, the model writes on, and what it wrote is read strictly back into numbers."""
+"""Forecasts: a series, or a table of them, becomes text; the model writes on; what it wrote is read strictly back into numbers."""
 
 import lazy_loader
 

@@ -3,6 +3,10 @@ from .exact import NextStep as NextStep
 from .exact import forecast_distributions as forecast_distributions
 from .exact import next_step as next_step
 from .exact import predictive_distributions as predictive_distributions
+from .frames import LEVELS as LEVELS
+from .frames import forecast_frame as forecast_frame
+from .frames import long_frame as long_frame
+from .frames import wide_frame as wide_frame
 from .generation import Forecast as Forecast
 from .generation import Generated as Generated
 from .generation import Options as Options
@@ -11,3 +15,6 @@ from .generation import forecast as forecast
 from .generation import generate as generate
 from .generation import sample_forecasts as sample_forecasts
 from .generation import sample_many as sample_many
+from .tables import Forecasts as Forecasts
+from .tables import Outlook as Outlook
+from .tables import forecast_table as forecast_table

@@ -18,7 +18,7 @@ from ..evaluation.scores import Result
 from ..experiments.planning import stage_label
 
 if TYPE_CHECKING:  # it loads torch, which no picture needs
-    from ..outlooks import Forecasts, Outlook
+    from ..forecasting import Forecasts, Outlook
 
 __all__ = [
     "BASELINES",

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from m2helpers import paths
 from m2helpers.__main__ import main
+from m2helpers.forecasting import forecast_table
 from m2helpers.ledger import Ledger
-from m2helpers.outlooks import forecast_table
 from m2helpers.runs import load_adapted
 from m2helpers.series import table_of
 from m2helpers.simulator import SimulatorSettings, simulate, write_dataset

@@ -113,7 +113,7 @@ def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch)
         used.extend([codec] * len(series))
         return [made] * len(series)
 
-    monkeypatch.setattr("m2helpers.outlooks.tables.forecast", forecast)
+    monkeypatch.setattr("m2helpers.forecasting.tables.forecast", forecast)
     ahead = ["--steps", "2", "--out", str(tmp_path / "ahead.csv")]
     for choice in ("run", "own"):
         assert main(["forecast", str(other), "--run", str(run), "--scale", choice, *ahead]) == 0
@@ -196,7 +196,7 @@ def test_a_stage_starts_from_the_settings_of_its_bases_plan(tiny_folder, data_fi
 def test_a_series_that_cannot_be_sampled_costs_no_other(tiny_folder, tmp_path, capsys, monkeypatch):
     """Of two series, no sample of the first parses."""
     drawn = iter([[np.ones((0, 2, 1)), np.ones((3, 2, 1))]])
-    monkeypatch.setattr("m2helpers.outlooks.tables.sample_many", lambda *_, **__: next(drawn))
+    monkeypatch.setattr("m2helpers.forecasting.tables.sample_many", lambda *_, **__: next(drawn))
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["trajectories"] = np.ones((2, 8, 1))
     command = ["forecast", str(tmp_path / "two.h5"), "--model", str(tiny_folder), "--steps", "2", "--samples", "3"]
@@ -216,7 +216,7 @@ def test_a_series_of_zeros_is_forecast_as_zeros(tmp_path, monkeypatch, tiny_fold
     """It has no scale of its own to be written at, and needs none."""
     read = []
     monkeypatch.setattr(
-        "m2helpers.outlooks.tables.forecast",
+        "m2helpers.forecasting.tables.forecast",
         lambda base, codec, series, *_, **__: read.extend(series) or [SimpleNamespace(values=s[-2:]) for s in series],
     )
     with h5py.File(tmp_path / "two.h5", "w") as file:

@@ -11,7 +11,7 @@ import pytest
 from m2helpers import report
 from m2helpers.evaluation.scores import Errors, Result, to_json
 from m2helpers.files import UserError
-from m2helpers.outlooks import Forecasts, Outlook
+from m2helpers.forecasting import Forecasts, Outlook
 from m2helpers.report import headline, pages, plots, tables, terms
 from m2helpers.series import table_of
 

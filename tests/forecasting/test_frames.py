@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from m2helpers.outlooks import LEVELS, Forecasts, Outlook, forecast_frame, forecast_table, wide_frame
+from m2helpers.forecasting import LEVELS, Forecasts, Outlook, forecast_frame, forecast_table, wide_frame
 from m2helpers.series import table_of
 
 

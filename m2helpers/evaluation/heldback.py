@@ -10,14 +10,15 @@ from typing import Any  # options passed on
 import numpy as np
 import pandas as pd
 
-from ..evaluation.baselines import last_value
-from ..evaluation.naive import parrot, seasonal_naive
 from ..files import UserError
+from ..forecasting import Forecasts, Outlook, forecast_table
+from ..forecasting.frames import model_of
+from ..forecasting.tables import SHORTEST
 from ..models import Base
 from ..runs import Run
 from ..series import Table, read_table, table_of
-from .frames import model_of
-from .tables import SHORTEST, Forecasts, Outlook, forecast_table
+from .baselines import last_value
+from .naive import parrot, seasonal_naive
 
 
 def forecast_held_back(base: Base, table: Table, steps: int, windows: int = 1, **how: Any) -> Forecasts:

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 
 from ..files import UserError, read_json
-from ..forecasting import Distribution, forecast, sample_many
 from ..ledger import default_ledger
 from ..models import Base
 from ..series import History, Table
 from ..series.scaling import Scaling, find_spike, fit_scaling
 from ..text import Codec
+from .distribution import Distribution
+from .generation import forecast, sample_many
 
 TOGETHER = 3  # variables that the embedded base has seen in one text
 SHORTEST = 3  # steps of a history
@@ -49,7 +50,8 @@ class Outlook:
     @property
     def distribution(self) -> Distribution:
         """Of the steps ahead: the paths, each value spread over the numbers that round to it."""
-        spread = np.maximum(self.resolution, 1e-9 * np.maximum(1e-300, np.nanmax(np.abs(self.paths), initial=0.0)))
+        points = 1e-9 * np.nanmax(np.abs(self.paths), initial=1e-300)  # as narrow as makes no difference
+        spread = np.where(np.asarray(self.resolution) > 0, self.resolution, points)
         return Distribution.from_paths(self.paths, spread, self.level)
 
     @property

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from m2helpers.files import UserError
-from m2helpers.outlooks import forecast_table, tables
+from m2helpers.forecasting import forecast_table, tables
 from m2helpers.series import table_of
 from m2helpers.text import Codec
 
 
 @pytest.fixture(autouse=True)
 def no_ledger(monkeypatch):
-    monkeypatch.setattr("m2helpers.outlooks.tables.default_ledger", lambda base: None)
+    monkeypatch.setattr("m2helpers.forecasting.tables.default_ledger", lambda base: None)
 
 
 @pytest.fixture

@@ -1,0 +1,11 @@
+from .evidence import measured_bytes as measured_bytes
+from .evidence import needs as needs
+from .evidence import quantisation_errors as quantisation_errors
+from .evidence import weight_bytes as weight_bytes
+from .folders import Metrics as Metrics
+from .folders import parameter_line as parameter_line
+from .quantised import load_for_tuning as load_for_tuning
+from .questions import draw_rows as draw_rows
+from .rows import Row as Row
+from .rows import read_rows as read_rows
+from .tuning import tune as tune
