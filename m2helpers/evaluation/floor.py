@@ -27,7 +27,7 @@ from .scores import Result, bootstrap
 MIXED = 1.2
 """Split R-hat from which a window's chain counts as not mixed. Each walker is a chain, and a short one: that alone makes about 1.1."""
 
-_VERSION = 1  # of the sampler: raise it whenever the figures change
+_VERSION = 2  # of the sampler: raise it whenever the figures change
 _SAVE = 10  # windows between saves
 
 

@@ -33,12 +33,14 @@ except ImportError:
 
 _SUBSTEPS = 5  # of a step of the series: the largest error over 100 steps is below 2e-4 in 99 of 100 systems
 _KNOTS = 32  # pieces of a margin, even in share: the density is a histogram
-_SOFTNESS = 0.05  # in units of the last decimal: what is left of the loosening, about the error of the integration
+_SOFTNESS = (
+    0.002  # in units of the last decimal: what is left of the loosening; at 0.05, edges that soft made draws too wide
+)
 _PRIOR_DRAWS = 8192  # that the first walkers are chosen from
 _STARTS = 3
 _SWEEPS_BETWEEN = 3  # of all walkers, after each tightening
 _SWEEPS = 240  # of a chain
-_DOUBLINGS = 2  # of its length
+_DOUBLINGS = 4  # of its length
 _THIN = 4  # sweeps between kept ones
 _EXPANSIONS = 4  # of a slice, to either side
 _SHRINKINGS = 24  # after which a walker stays where it was
@@ -339,7 +341,7 @@ class ChordMove(emcee.moves.RedBlueMove):
         return ends, before - after
 
 
-def sample(law: Law, reading: Reading, future: range, *, seed: list[int], mixed: float, walkers: int = 96) -> Draws:
+def sample(law: Law, reading: Reading, future: range, *, seed: list[int], mixed: float, walkers: int = 64) -> Draws:
     """Draw systems from the posterior of a window, and what follows in each.
 
     The prior is the law; of a window inside a series, whose age nobody tells, it is that of the six rates alone, and even in the
