@@ -21,6 +21,7 @@ from ..files import UserError, atomic_path, sha256_json
 from ..paths import FLOOR_CACHE, SHIPPED_FLOORS
 from ..simulator import Law
 from ..text import Codec
+from .bounds import read_window
 from .protocols import P5_CONTEXTS, P5_STEPS, Case, make_cases
 from .scores import Result, bootstrap
 
@@ -97,7 +98,7 @@ def floor(
 
 def _predict(dataset: Dataset, codec: Codec, law: Law, case: Case, seed: list[int]) -> tuple:
     """A row of a `Floor`."""
-    from .posterior import read_window, sample  # needs what is installed for this alone
+    from .posterior import sample  # needs what is installed for this alone
 
     reading = read_window(case.context, codec, begins=case.start == 0)
     first = case.context.count(codec.step_separator) + case.skip

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from m2helpers.data import load_dataset
+from m2helpers.evaluation.bounds import read_window
 from m2helpers.evaluation.floor import MIXED
-from m2helpers.evaluation.posterior import _known, _misfits, _points, _seen, read_window, sample, split_rhat
+from m2helpers.evaluation.posterior import _known, _misfits, _points, _seen, sample, split_rhat
 from m2helpers.simulator import integrate, law_of
 from m2helpers.text import Codec, fit_scale
 
