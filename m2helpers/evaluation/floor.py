@@ -108,7 +108,7 @@ def _predict(dataset: Dataset, codec: Codec, law: Law, case: Case, seed: list[in
 
 
 def crps(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Continuous ranked probability score of draws (n, …) against a truth (…): E|X − y| − ½ E|X − X'|.
+    """Continuous ranked probability score of draws (n, …) against a truth (…): ``E|X − y| − ½ E|X − X'|``.
 
     Source: Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation", 2007, eq. 21.
     """

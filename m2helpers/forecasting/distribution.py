@@ -118,12 +118,12 @@ class Distribution:
 
     @property
     def median(self) -> np.ndarray:
-        """(steps, variables): what the mean absolute error asks for."""
+        """What the mean absolute error asks for, (steps, variables)."""
         return self.quantile(0.5)[0]
 
     @property
     def mean(self) -> np.ndarray:
-        """(steps, variables): what the mean squared error asks for."""
+        """What the mean squared error asks for, (steps, variables)."""
         return self._known((self.mass * self.cells).sum(-1) * self.width + self.level)
 
     # ---------------------------------------------------------------- what it is worth
@@ -133,10 +133,10 @@ class Distribution:
         return self._below(self._numbers(values))
 
     def crps(self, truth: ArrayLike) -> np.ndarray:
-        """Continuous ranked probability score, (steps, variables), in the units of the series: ∫ (F(x) − 1[x ≥ truth])² dx.
+        """Continuous ranked probability score, (steps, variables), in the units of the series: ``∫ (F(x) − 1[x ≥ truth])² dx``.
 
-        In closed form, as E|X − y| − ½ E|X − X'|: within a cell of width w, E|X − y| is (d² + w²/4) / w where the truth y lies d off its
-        middle, and E|X − X'| is w/3.
+        In closed form, as ``E|X − y| − ½ E|X − X'|``: within a cell of width w, ``E|X − y|`` is ``(d² + w²/4) / w`` where the truth y
+        lies d off its middle, and ``E|X − X'|`` is ``w/3``.
 
         Source: Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation", 2007, eq. 21.
         """
@@ -178,7 +178,7 @@ class Distribution:
         return self._known((self.mass * share).sum(-1))
 
     def _score(self, numbers: np.ndarray, distance: Callable[[np.ndarray], np.ndarray], own: float) -> np.ndarray:
-        """E|X − y| − ½ E|X − X'|, given the mean `distance` to a cell whose middle is so far off, and half of that within one, `own`."""
+        """``E|X − y| − ½ E|X − X'|``, given the mean `distance` to a cell whose middle is so far off, and half of that within one, `own`."""
         off = np.abs(numbers[..., np.newaxis] - self.cells)
         up_to = self.mass.cumsum(-1)
         apart = (np.diff(self.cells, axis=-1) * (up_to * (1 - up_to))[..., :-1]).sum(-1) + own * (self.mass**2).sum(-1)

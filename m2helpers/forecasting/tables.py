@@ -56,7 +56,7 @@ class Outlook:
 
     @property
     def median(self) -> np.ndarray:
-        """(steps, variables): of the samples, or the likeliest path itself."""
+        """Of the samples, or the likeliest path itself, (steps, variables)."""
         return self.distribution.median if len(self.paths) > 1 else self.paths[0]
 
     @property
