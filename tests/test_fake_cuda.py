@@ -241,6 +241,7 @@ def test_forecasts_are_those_of_the_cpu(options, tiny_base, codec, small_data, c
 def test_training_is_that_of_the_cpu(changes, tiny_base, small_data, cuda, tmp_path, monkeypatch):
     """Steps, validations, saves, and the run loaded again."""
     monkeypatch.setattr(losses, "CHUNK", 16)
+    monkeypatch.setattr("m2helpers.models.has_bfloat16", lambda device: False)  # on both, whatever the CPU can do
     settings = TrainSettings(lora_r=2, batch_size=3, max_steps=3, max_length=40, eval_steps=2, save_steps=2)
     settings = replace(settings, lora_dropout=0.0, learning_rate=1e-2, eval_windows=4, **changes)
     expected = train_lora(tiny_base(), small_data, settings, progress=False).history

@@ -209,7 +209,7 @@ def test_pages_are_refused_and_tables_are_read(m2, target, tmp_path):
     assert "usage:" in m2(_commands("bench --help")).stdout
     program = "import json, m2helpers.report as r; from m2helpers.ledger import default_ledger as d; "
     program += "from m2helpers.__main__ import main; "
-    program += "print(json.dumps([main(['readme']), r.blocks(), str(d('embedded').path)]))"
+    program += "print(json.dumps([main(['readme']), r.blocks(), str(d('embedded').where)]))"
     done = m2(program, M2_HOME=str(tmp_path / "own"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "has no pages to fill; run this in a checkout" in done.stderr and done.stderr.count("\n") == 1

@@ -145,7 +145,7 @@ class Backtest(_OwnTable):
             refuse_output(self.out, self.file)
         table = self.read()
         base, run, _ = load_target(self.model, self.run, self.adapter, constrained=True)
-        from ..evaluation import forecast_held_back, scores
+        from ..evaluation.heldback import forecast_held_back, scores
 
         made = forecast_held_back(
             base,

@@ -2,7 +2,6 @@ from .baselines import BASELINES as BASELINES
 from .baselines import run_baselines as run_baselines
 from .heldback import backtest as backtest
 from .heldback import forecast_held_back as forecast_held_back
-from .heldback import scores as scores
 from .measure import evaluate as evaluate
 from .measure import evaluate_baselines as evaluate_baselines
 from .measure import rounding_cost as rounding_cost

@@ -325,7 +325,7 @@ def test_nothing_valid_has_no_error():
 
 def test_every_committed_record_is_written_as_it_was_read():
     """The fields of a `Result`, and their order, are the format of ``metrics.json``."""
-    paths = sorted(CHECKPOINTS.glob("**/metrics.json"))
+    paths = [path for path in sorted(CHECKPOINTS.glob("**/metrics.json")) if "instruct" not in path.parts]
     assert len(paths) > 5
     for path in paths:
         text = path.read_text(encoding="utf-8")

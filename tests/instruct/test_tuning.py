@@ -287,7 +287,11 @@ def test_tokens_that_a_base_never_read_can_be_trained(base_folder, tmp_path):
     assert tuned.metrics["trainable"] == 2 * 2 * (192 * 3 + 32) + 192 * len(used)
     delta = _weights(tmp_path / "run")["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
     assert delta.shape == (len(used), 192) and not torch.equal(delta, before[sorted(used)])
-    kept = {name: p for name, p in base.model.named_parameters() if name.endswith("original_module.weight")}
+    kept = {
+        name: p
+        for name, p in base.model.named_parameters()
+        if name.endswith("embed_tokens.token_adapter.base_layer.weight")
+    }
     assert kept and all(torch.equal(p, before) for p in kept.values())
 
 
