@@ -17,7 +17,11 @@ from .options import DataFile
 class Bench:
     """The benchmarks the site quotes, side by side with the alternative."""
 
-    name: Positional[Literal["train", "decode", "context", "train-embedded", "decode-embedded", "threads", "classic"]]
+    name: Positional[
+        Literal[
+            "train", "decode", "samples", "context", "train-embedded", "decode-embedded", "samples-embedded", "threads", "classic"
+        ]
+    ]  # fmt: skip
     """Which benchmark."""
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = None
     """Record to put it into; that of `classic`, public series forecast beside ARIMA, ETS and simple methods, is one of its own."""
