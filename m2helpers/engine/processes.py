@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -66,9 +66,9 @@ def everyones(value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list[T | None] = [None] * count()
-    with _all_there():
+    with all_there():
         dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # each has come
+    return cast(list[T], values)
 
 
 def sums(values: Iterable[float]) -> list[float]:
@@ -84,7 +84,7 @@ def any_of(value: bool) -> bool:
 
 def _reduced(values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU waits for it
-    with _all_there():
+    with all_there():
         dist.all_reduce(numbers, how)
     return numbers.tolist()
 
@@ -101,14 +101,14 @@ def add_up(parameters: Iterable[torch.nn.Parameter]) -> None:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     together = torch.cat([gradient.flatten() for gradient in gradients])
-    with _all_there():
+    with all_there():
         dist.all_reduce(together)
     for gradient, whole in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(whole.view_as(gradient))
 
 
-def by_first(work: Callable[[], object]) -> None:
-    """Let the first process do something, such as reserving on the ledger; all wait, and know how it ended.
+def by_first(work: Callable[[], T]) -> T:
+    """Let the first process do something, such as reserving on the ledger; all wait, and get what it returned.
 
     Raises
     ------
@@ -117,29 +117,32 @@ def by_first(work: Callable[[], object]) -> None:
     EndedElsewhere
         In the others, if it raised that.
     """
-    failure = None
+    made: tuple[T | None, str | None] = (None, None)
     if rank() == 0:
         try:
-            work()
+            made = work(), None
         except UserError as error:
-            failure = error
-    told = everyones(str(failure) if failure else None)[0]
-    if failure:
-        raise failure
-    if told is not None:
-        raise EndedElsewhere(told)
+            everyones((None, str(error)))
+            raise
+    result, failure = everyones(made)[0]
+    if failure is not None:
+        raise EndedElsewhere(failure)
+    return cast(T, result)
 
 
-def end(error: UserError) -> None:
+def end(error: UserError) -> NoReturn:
     """Raise an error that all processes have come to; in all but the first as `EndedElsewhere`, for one message is enough."""
     raise error if rank() == 0 else EndedElsewhere(str(error))
 
 
 @contextmanager
-def _all_there() -> Iterator[None]:
+def all_there() -> Iterator[None]:
+    """Tell of a process that is gone, or does not answer, in words (`UserError`)."""
     try:
         yield
-    except RuntimeError:  # the kinds that the back ends raise have no more in common
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # its errors are of no kind of their own
+            raise
         raise UserError(
             f"another of the {count()} processes has ended, or hangs; its own message says why, and --resume goes on from "
             "the last save"
