@@ -186,7 +186,8 @@ def test_a_plan_that_is_stopped_and_loses_a_node_leaves_the_records_of_one_proce
     two_nodes, tiny_folder, long_data, tmp_path, monkeypatch
 ):
     nodes, second = two_nodes
-    said, options = [], dict(stages=["grid", "final"], say=said.append)
+    said = []
+    options = dict(stages=["grid", "final"], say=said.append)
     for name in ("alone", "cluster"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "cluster")
