@@ -17,7 +17,7 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from ..files import UserError
-from .processes import any_of, end, everyones, rank
+from .processes import any_of, count, end, everyones, rank
 from .resume import State
 
 
@@ -108,7 +108,8 @@ def run_steps(
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step in hand; a second one interrupts at once.
+    """Let Ctrl-C and SIGTERM wait for the end of the step in hand; a second one interrupts at once, unless several processes
+    share the run: their launcher passes on what they have got already.
 
     Yields
     ------
@@ -118,7 +119,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and count() == 1:
             raise KeyboardInterrupt
         asked.append(number)
 

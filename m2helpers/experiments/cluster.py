@@ -7,6 +7,7 @@ threads as it has cores. A run whose worker is lost goes on from its last save o
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from collections import Counter
@@ -168,7 +169,11 @@ def _take_over(folder: Path) -> None:
 
 def _connect(cpus: int, gpus: float) -> Any:
     """Ray, connected; what its workers need to know is in their environment."""
+    address = os.environ.get("RAY_ADDRESS", "local")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is told to anyone
+    if address == "local":  # nor is this machine opened to others: Ray listens to it alone, and wants a secret
+        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         import ray
         import ray.exceptions
@@ -181,10 +186,8 @@ def _connect(cpus: int, gpus: float) -> Any:
     if not gpus:
         variables["M2_DEVICE"] = "cpu"
     options: dict[str, Any] = dict(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR")
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:  # one of its own, that no other machine can reach
-        address = "local"
-        options |= dict(include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=STORE)
+    if address == "local":
+        options |= dict(include_dashboard=False, object_store_memory=STORE)
     try:
         ray.init(address, **options)
     except Exception as error:  # Ray knows no kinds of these
