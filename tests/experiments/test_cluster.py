@@ -10,7 +10,6 @@ from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -26,6 +25,7 @@ from m2helpers.experiments.runner import Work, best_of_grid, run_plan
 from m2helpers.files import UserError, read_json, write_json
 from m2helpers.ledger import Ledger
 from m2helpers.settings import TrainSettings
+from tests.campaigns.cluster import records
 
 INITIAL = TrainSettings(
     lora_r=1, learning_rate=1e-2, batch_size=3, max_steps=4, max_length=48, eval_steps=50, save_steps=20, eval_windows=4
@@ -167,20 +167,6 @@ def _once(ready, then):
     return thread
 
 
-def _records(folder):
-    """Every file of a plan, times left out."""
-    records = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.name == "history.csv":
-            records[name] = pd.read_csv(path, dtype=str).drop(columns="tokens_per_second").to_csv()
-        elif path.name == "metrics.json":
-            records[name] = [row | {"seconds": 0} for row in read_json(path)]
-        elif path.is_file():
-            records[name] = path.read_bytes()
-    return records
-
-
 @pytest.mark.slow
 def test_a_plan_that_is_stopped_and_loses_a_node_leaves_the_records_of_one_process(
     two_nodes, tiny_folder, long_data, tmp_path, monkeypatch
@@ -213,6 +199,6 @@ def test_a_plan_that_is_stopped_and_loses_a_node_leaves_the_records_of_one_proce
 
     monkeypatch.chdir(tmp_path / "alone")
     run_plan(PLAN, model, dataset, "out", **options)
-    ours, theirs = (_records(tmp_path / name / "out") for name in ("cluster", "alone"))
+    ours, theirs = (records(tmp_path / name / "out") for name in ("cluster", "alone"))
     assert len(ours) > 15 and list(ours) == list(theirs)
     assert {name for name in ours if ours[name] != theirs[name]} == set()
