@@ -14,6 +14,9 @@ from . import __version__
 from .cli.parser import Command, help_text, parse
 from .files import UserError
 
+SHARED = ("train", "pretrain", "instruct")
+"""The commands that several processes may share (`engine.processes`)."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
@@ -38,7 +41,10 @@ def _run(name: str, command: Command) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: tell(message)
-            command()
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                _share(name, command)
+            else:
+                command()
         sys.stdout.flush()
     except UserError as error:
         tell(error)
@@ -56,6 +62,19 @@ def _run(name: str, command: Command) -> int:
         tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
     return 0
+
+
+def _share(name: str, command: Command) -> None:
+    """Run a command in one of the processes that torchrun or accelerate started for it."""
+    if name not in SHARED:
+        raise UserError(
+            f"several processes cannot share it, only {', '.join(SHARED)}; start it once, without torchrun or WORLD_SIZE"
+        )
+    from .engine.processes import joined
+    from .models import choose_device
+
+    with joined(choose_device()):
+        command()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from .data import Dataset
 from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from .engine.processes import by_first
 from .engine.resume import delete_state, has_state
 from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json, write_text
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
@@ -211,12 +212,14 @@ def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
 
 
 def one_writer(run: Callable[Arguments, Outcome]) -> Callable[Arguments, Outcome]:
-    """Let a function that fills the folder `output_dir` do so as its `sole_writer`."""
+    """Let a function that fills the folder `output_dir` do so as its `sole_writer`; of several processes, the first writes."""
     signature = inspect.signature(run)
 
     @wraps(run)
     def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Outcome:
-        with sole_writer(signature.bind(*args, **options).arguments.get("output_dir")):
+        folder = signature.bind(*args, **options).arguments.get("output_dir")
+        with ExitStack() as held:
+            by_first(lambda: held.enter_context(sole_writer(folder)))
             return run(*args, **options)
 
     return alone

@@ -1,7 +1,8 @@
 """Fine-tuning: LoRA updates and the head bias, trained on the text of many series.
 
 The windows of a step, and its dropout, are functions of the seed and the step alone. So one seed gives one result on one
-machine, and a run that was stopped resumes as if it had not been.
+machine, and a run that was stopped resumes as if it had not been. Several processes (`engine.processes`) share the windows of
+a step; what it costs, and but for rounding its loss, stay what they are with one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -24,6 +25,7 @@ from .engine.activations import lean_activations
 from .engine.attention import attend_lean
 from .engine.loop import run_steps
 from .engine.losses import head_loss, refuse_nan
+from .engine.processes import add_up, by_first, check_batch, rank, share, sums
 from .engine.resume import State, load_state, save_state
 from .engine.tracking import Log, tracked
 from .engine.windows import augmented_window, endless_series, pick, text_windows
@@ -130,21 +132,22 @@ def train_lora(
     name = folder.resolve().name if folder else "unsaved"
     codec = Codec(fit_scale(dataset.part("train")), settings.precision)
     config = describe(base, dataset, settings, codec, stage, law)
-    check_folder(folder, config, resume)
+    check_batch("batch_size", settings.batch_size)
+    by_first(lambda: check_folder(folder, config, resume))
     work = Training(base, dataset, settings, codec, law)
     if folder and resume:
         work.state = load_state(folder, work.parameters, work.optimizer, TrainState, work.best)
-    elif folder:
+    elif folder and rank() == 0:
         write_json(folder / "config.json", config)
 
-    spender, ledger = Spender(name, stage, config["settings_sha256"]), ledger or default_ledger(base)
-    with tracked(track, folder or Path(), asdict(settings)) as log:
+    spender = Spender(name, stage, config["settings_sha256"])
+    with tracked(track if rank() == 0 else None, folder or Path(), asdict(settings)) as log:
         charged = _Charged(work, ledger, spender, folder, log)
         run_steps(charged, name, progress=progress, resumable=folder is not None)
     for key, p in work.parameters.items():
         p.data.copy_(work.best[key])
     history = pd.DataFrame(work.state.history)
-    if folder:
+    if folder and rank() == 0:
         finish(folder, history, config, settings, base)
     return TrainResult(base.model.eval(), history)
 
@@ -192,7 +195,8 @@ class Training:
         """Take one optimizer step, and put it on the bill before a loss that is no number ends the run (`Diverged`)."""
         state, settings = self.state, self.settings
         step = state.step
-        torch.manual_seed(int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0]))  # dropout's
+        dropout = np.random.SeedSequence([settings.seed, step, rank()])  # a last 0 is as good as none
+        torch.manual_seed(int(dropout.generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(step)
         self.base.model.train()
@@ -204,7 +208,9 @@ class Training:
         spent = self.step_cost(shape)
         if bill:
             bill.add("train", spent)
-        refuse_nan([loss.item()], step + 1)
+        (lost,) = sums([loss.item()])
+        refuse_nan([lost], step + 1)
+        add_up(self.parameters.values())
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,7 +219,7 @@ class Training:
                 average = self.optimizer.state[p].setdefault("average", p.detach().clone())
                 average.lerp_(p.detach(), 1 - settings.average)
         state.step, state.due = step + 1, settings.validates(step + 1)
-        state.losses.append(loss.item())
+        state.losses.append(lost)
         state.flops += spent.flops
         return spent
 
@@ -270,7 +276,7 @@ class Training:
 class _Charged:
     """A run as the loop sees it: each interval is reserved on the ledger, each step billed, shown and logged."""
 
-    def __init__(self, run: Training, ledger: Ledger, spender: Spender, folder: Path | None, log: Log) -> None:
+    def __init__(self, run: Training, ledger: Ledger | None, spender: Spender, folder: Path | None, log: Log) -> None:
         self.run, self.ledger, self.spender, self.folder, self.log = run, ledger, spender, folder, log
         self.state, self.max_steps, self.save_steps = run.state, run.settings.max_steps, run.settings.save_steps
         self.bill: Bill | None = None
@@ -281,7 +287,14 @@ class _Charged:
         step = self.state.step
         saved = f"; --resume goes on from step {step:,}" if self.folder and step else ""
         place = f"stopped at step {step:,} of {self.max_steps:,}{saved}. "
-        with self.ledger.reserve(self.spender, place, **self.run.most(stop)) as self.bill:
+        with ExitStack() as reserved:
+
+            def reserve() -> None:
+                self.ledger = self.ledger or default_ledger(self.run.base)
+                most = self.run.most(stop)
+                self.bill = reserved.enter_context(self.ledger.reserve(self.spender, place, **most))
+
+            by_first(reserve)  # the others have no bill
             yield
 
     def step(self) -> str:
@@ -298,7 +311,7 @@ class _Charged:
             self.log({"val_loss": self.state.history[-1]["val_loss"]}, self.state.step)
 
     def save(self) -> None:
-        if self.folder:
+        if self.folder and rank() == 0:
             save_state(self.folder, self.run.parameters, self.run.optimizer, self.state, self.run.best)
 
 
@@ -319,13 +332,20 @@ def series_loss(
 def _loss(
     base: Base, batch: Sequence[np.ndarray], characters: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Mean cross-entropy over the tokens of a batch, padding left out, and the batch's shape."""
-    ids, mask = (torch.from_numpy(a).to(base.model.device) for a in right_pad(batch, base.pad_id))  # (batch, length)
+    """Mean cross-entropy over the tokens of a batch, padding left out, and the batch's shape.
+
+    Of several processes each works on its share of the rows, padded like the rest: their losses, and gradients, add up.
+    """
+    padded = right_pad(batch, base.pad_id)
+    shape, part = padded[0].shape, share(padded[1])[:, 1:].sum() / padded[1][:, 1:].sum()
+    ids, mask = (torch.from_numpy(share(a)).to(base.model.device) for a in padded)  # (batch, length)
+    if not len(ids):  # the last batch of a validation may be too small
+        return torch.zeros(()), shape
     # Padding comes after all that is scored, and a causal model never looks ahead: it needs no mask.
     hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (batch, length, hidden)
     scored = mask[:, 1:] == 1
     loss = head_loss(hidden[:, :-1][scored], base.model.get_output_embeddings(), ids[:, 1:][scored], characters)
-    return loss, (len(ids), ids.shape[1])
+    return loss * float(part), shape
 
 
 def _validation_at_most(validation: Sequence[np.ndarray], settings: TrainSettings, cost: BatchCost) -> Cost:
@@ -356,4 +376,4 @@ def _validate(
         n = sum(len(w) - 1 for w in batch)
         total, count = total + loss.item() * n, count + n
         spent += cost(shape)
-    return total / count, spent
+    return sums([total])[0] / count, spent

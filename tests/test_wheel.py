@@ -57,7 +57,7 @@ def test_what_is_imported_is_asked_for():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     imported = {canonicalize_name(NAMES.get(name, name)) for name in imported - set(sys.stdlib_module_names)}
-    extras = {"pyarrow", "bitsandbytes", "emcee", "numba", "sqlalchemy", "psycopg"}
+    extras = {"pyarrow", "bitsandbytes", "emcee", "numba", "sqlalchemy", "psycopg", "ray"}
     assert imported - {"-typeshed"} == set(NEEDED) | extras  # one is of the type checker alone
 
 

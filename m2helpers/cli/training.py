@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import Field, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -14,6 +16,9 @@ from ..files import UserError
 from ..paths import DATA_FILE, own_folder
 from ..settings import AMORTISED, STAGES, PretrainSettings, TrainSettings, default_model
 from .options import BaseName, DataFile, Flag, Folder, Track, changed, flags_of, one_of, show
+
+if TYPE_CHECKING:
+    from ..experiments.runner import Executor, Work
 
 
 def _by_stage(setting: Field) -> str:
@@ -117,6 +122,12 @@ class Experiments:
     track: Track = None
     seeds: int = 1
     """Number of seeds for each of the long runs at the end."""
+    cluster: Annotated[Literal["ray"] | None, arg(help_behavior_hint="(default: one run after another)")] = None
+    """ray: runs side by side, on the cluster that RAY_ADDRESS names, or the cores of this machine."""
+    cpus_per_run: int = 1
+    """Cores of each run on a cluster, and its number of threads."""
+    gpus_per_run: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: 1 where there is one)")] = None
+    """GPUs of each run on a cluster; with 0, it runs on the CPU."""
     data: DataFile = DATA_FILE
     model: BaseName = field(default_factory=default_model)
 
@@ -144,12 +155,26 @@ class Experiments:
             stages=stages or STAGE_ORDER,
             resume=self.resume,
             track=self.track,
+            executor=self._executor(),
         )
         for kind in ("sweep", "ablation"):
             table = sweep_table(folder, kind)
             if len(table):
                 print(table.to_string(index=False, float_format="{:.4g}".format))
         print(f"{folder}: done")
+
+    def _executor(self) -> Callable[[Work], AbstractContextManager[Executor]]:
+        from ..experiments.runner import in_turn
+
+        if self.cluster is None:
+            return in_turn
+        from ..experiments.cluster import on_ray
+        from ..models import choose_device
+
+        gpus = float(choose_device() == "cuda") if self.gpus_per_run is None else self.gpus_per_run
+        if self.cpus_per_run < 1 or gpus < 0:
+            raise UserError(f"--cpus-per-run {self.cpus_per_run}, --gpus-per-run {gpus:g}: give 1 or more, 0 or more")
+        return partial(on_ray, cpus=self.cpus_per_run, gpus=gpus)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The training loop: step, validate, save, show how far it is, and stop between two steps with nothing lost.
 
-It knows when; what a step, a validation and a save are is up to the run (`Work`): fine-tuning or pre-training.
+It knows when; what a step, a validation and a save are is up to the run (`Work`): fine-tuning or pre-training. Several
+processes that share a run (`processes`) go through it side by side, and stop after the same step whichever was asked to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from ..files import UserError
+from .processes import any_of, count, end, everyones, rank
 from .resume import State
 
 
@@ -74,15 +76,17 @@ def run_steps(
         On Ctrl-C or SIGTERM, once the step in hand is done and everything is saved.
     """
     state, started = work.state, time.monotonic()
+    if len(set(everyones(state.step))) > 1:
+        end(UserError(f"{name}: the processes found different saves; give a folder on a disk that all of them see"))
 
     def finished() -> bool:
         return state.step >= work.max_steps and not state.due
 
     def stopping() -> bool:
-        return asked_to_stop() or (stop_after is not None and time.monotonic() - started > 60 * stop_after)
+        return any_of(asked_to_stop() or (stop_after is not None and time.monotonic() - started > 60 * stop_after))
 
     shown = dict(desc=name, unit="step", mininterval=1, total=work.max_steps, initial=state.step)
-    with stop_on_signal() as asked_to_stop, tqdm(**shown, disable=not progress) as bar:
+    with stop_on_signal() as asked_to_stop, tqdm(**shown, disable=not progress or rank() > 0) as bar:
         while not finished():
             stop = min(work.max_steps, (state.step // work.save_steps + 1) * work.save_steps)
             with work.interval(stop):
@@ -95,16 +99,17 @@ def run_steps(
                     if stopping():
                         break
                 work.save()  # before the bill is settled: a ledger that cannot be reached then loses no step
-            if asked_to_stop() and not finished():
+            if any_of(asked_to_stop()) and not finished():
                 remedy = "; --resume goes on from there" if resumable else ""
-                raise Stopped(f"{name}: stopped at step {state.step:,} of {work.max_steps:,}{remedy}")
+                end(Stopped(f"{name}: stopped at step {state.step:,} of {work.max_steps:,}{remedy}"))
             if stopping():
                 break
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step in hand; a second one interrupts at once.
+    """Let Ctrl-C and SIGTERM wait for the end of the step in hand; a second one interrupts at once, unless several processes
+    share the run: their launcher passes on what they have got already.
 
     Yields
     ------
@@ -114,7 +119,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and count() == 1:
             raise KeyboardInterrupt
         asked.append(number)
 

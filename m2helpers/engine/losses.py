@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..files import UserError
 from . import Context
+from .processes import end
 
 CHUNK = 256  # positions whose logits exist at once: 256 × 151,936 in float32 are 156 MB
 
@@ -19,9 +20,9 @@ class Diverged(UserError):
 
 
 def refuse_nan(losses: Iterable[float], step: int) -> None:
-    """Refuse to train on from losses that are not finite (`Diverged`)."""
+    """Refuse to train on from losses, those of all processes, that are not finite (`Diverged`)."""
     if not all(map(math.isfinite, losses)):
-        raise Diverged(f"step {step}: the loss is no longer a number; use a smaller learning_rate")
+        end(Diverged(f"step {step}: the loss is no longer a number; use a smaller learning_rate"))
 
 
 def head_loss(

@@ -27,8 +27,9 @@ SWEEPS = ("grid", "context", "precision")
 SWEEP_SERIES = 20  # validation series that every run of a sweep forecasts
 ABLATION = "ablation"  # stands apart from the order of the stages: it is asked for by itself
 FINAL_STAGES = ("final", "extended")
-STAGE_ORDER = ("untrained", "initial", *SWEEPS, *FINAL_STAGES)
-_IN_TABLES = {"untrained": "before fine-tuning"}  # pre-trained it is
+UNTRAINED = "untrained"  # no run, but the measurements of the base
+STAGE_ORDER = (UNTRAINED, "initial", *SWEEPS, *FINAL_STAGES)
+_IN_TABLES = {UNTRAINED: "before fine-tuning"}  # pre-trained it is
 
 
 def stage_label(stage: str) -> str:

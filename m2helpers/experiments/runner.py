@@ -1,17 +1,16 @@
-"""Carry out a plan of experiments: every run in order, each in its folder, nothing done twice.
+"""Carry out a plan of experiments: every run in order, or side by side (`cluster`), each in its folder, nothing done twice.
 
 A run of a sweep or an ablation that diverges leaves ``diverged.json`` in its folder: why, and with which settings.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import pandas as pd
 
@@ -22,22 +21,54 @@ from ..evaluation.measure import evaluate
 from ..evaluation.protocols import P5_CONTEXTS, PROTOCOLS
 from ..evaluation.scores import origins, to_json
 from ..files import UserError, read_json, write_json
-from ..flops.costs import Cost
 from ..ledger import Ledger
 from ..models import Base, load_base
 from ..runs import CONFIG_NAME, HISTORY_NAME, RunConfig, is_finished, load_run, read_config, settings_sha256
 from ..settings import TrainSettings
 from ..text import Codec, fit_scale
 from ..training import train_lora
-from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEP_SERIES, SWEEPS, Plan, PlannedRun, run_cost
-
-if TYPE_CHECKING:
-    from ..flops.architecture import Config
+from .planning import ABLATION, FINAL_STAGES, STAGE_ORDER, SWEEP_SERIES, SWEEPS, UNTRAINED, Plan, PlannedRun
+from .progress import Progress
 
 WIDENINGS = 2  # times that the grid may grow past an edge
 METRICS_NAME = "metrics.json"
 DIVERGED_NAME = "diverged.json"
 MAY_DIVERGE = (*SWEEPS, ABLATION)  # they look for what works; a long run that diverges ends the plan
+
+
+class Executor(Protocol):
+    """Who carries out the runs of a plan."""
+
+    def room(self) -> bool:
+        """Whether one more can begin now."""
+
+    def start(self, run: PlannedRun, whole: bool) -> None:
+        """Begin a run, as `Work.carry_out` has it."""
+
+    def finished(self) -> tuple[PlannedRun, bool]:
+        """Wait for one of those that have begun; return it, and whether there was something to do."""
+
+
+class _InTurn:
+    """One run after another, in this process."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.done = work, list[tuple[PlannedRun, bool]]()
+
+    def room(self) -> bool:
+        return not self.done
+
+    def start(self, run: PlannedRun, whole: bool) -> None:
+        self.done.append((run, self.work.carry_out(run, whole)))
+
+    def finished(self) -> tuple[PlannedRun, bool]:
+        return self.done.pop()
+
+
+@contextmanager
+def in_turn(work: Work) -> Iterator[Executor]:
+    """Carry out one run after another."""
+    yield _InTurn(work)
 
 
 def run_plan(
@@ -51,15 +82,18 @@ def run_plan(
     track: str | None = None,
     ledger: Ledger | None = None,
     say: Callable[[str], None] = print,
+    executor: Callable[[Work], AbstractContextManager[Executor]] = in_turn,
 ) -> Plan:
     """Do what a plan asks for and what is not done yet, in order; return the plan as it was carried out.
+
+    Long runs at the end wait for the grid; any other may begin whenever there is room for it.
 
     A finished run with the same settings, data and base is kept. A run of a sweep or an ablation that diverges is left
     out, and not tried again while its folder stays. The grid grows by one value past an edge that its best run lies on,
     at most twice. Long runs that adapt the grid's layers take a learning rate that follows from the best there by validation
     loss. Runs of the sweeps forecast some validation series; the stages that the plan measures, the whole test split.
 
-    What a command or a notebook may choose stands here one by one, hence the nine parameters.
+    What a command or a notebook may choose stands here one by one, hence the ten parameters.
 
     Parameters
     ----------
@@ -77,6 +111,8 @@ def run_plan(
         Where it is charged; by default the base's own (`default_ledger`).
     say : callable
         Is told what is being done, how much of the plan's training is behind, and about how long the rest will take.
+    executor : callable
+        Who carries out the runs: this process, one after another, or a cluster (`cluster.on_ray`).
 
     Raises
     ------
@@ -88,26 +124,45 @@ def run_plan(
         If the next part does not fit under the cap; what is done stays, to be resumed.
     """
     stages, base = tuple(stages), load_base(model)
-    work = _Work(model, base.sha256, dataset, Path(output_dir), resume, track, ledger, say)
-    progress = _Progress(base.model.config)
+    work = Work(model, base.sha256, dataset, Path(output_dir), resume, track, ledger, say)
+    progress = Progress(base.model.config)
     del base  # every run loads its own
-    if "untrained" in stages:
-        work.measure_base()
-    queue, widened = list(plan.runs_of(stages)), 0
-    while queue:
-        run = queue.pop(0)
-        if run.stage in FINAL_STAGES and (best := best_of_grid(plan, work.folder)):
-            plan = plan.tuned(best)
-            run = next(tuned for tuned in plan.runs if tuned.name == run.name)
-        say(progress.line(run, queue))
-        progress.note(run, worked=work.train(run))
-        work.measure(run, whole=run.stage in plan.measured)
-        if run.stage == "grid" and widened < WIDENINGS and all(left.stage != "grid" for left in queue):
-            plan, more = _widen(plan, work.folder)
-            queue, widened = more + queue, widened + 1
-            if more:
-                say("the best run lies on the edge of the grid: one value more")
+    queue, running, widened = list(plan.runs_of(stages)), list[PlannedRun](), 0
+    if UNTRAINED in stages:
+        queue.insert(0, PlannedRun(UNTRAINED, plan.initial))
+    with executor(work) as hands:
+        while queue or running:
+            run = next((run for run in queue if _ready(run, queue, running)), None)
+            if run and hands.room():
+                queue.remove(run)
+                if run.stage in FINAL_STAGES and (best := best_of_grid(plan, work.folder)):
+                    plan = plan.tuned(best)
+                    run = next(tuned for tuned in plan.runs if tuned.name == run.name)
+                if run.stage != UNTRAINED:
+                    say(progress.line(run, queue, running))
+                running.append(run)
+                hands.start(run, run.stage in plan.measured)
+                continue
+            run, worked = hands.finished()
+            running.remove(run)
+            if run.stage != UNTRAINED:
+                progress.note(run, worked=worked)
+            if run.stage == "grid" and widened < WIDENINGS and not _of_grid(queue + running):
+                plan, more = _widen(plan, work.folder)
+                queue, widened = more + queue, widened + 1
+                if more:
+                    say("the best run lies on the edge of the grid: one value more")
     return plan
+
+
+def _ready(run: PlannedRun, queue: list[PlannedRun], running: list[PlannedRun]) -> bool:
+    """Whether a run may begin: a long one needs the best of the grid, and no two work in one folder."""
+    waits = run.stage in FINAL_STAGES and _of_grid(queue + running)
+    return not waits and all(run.name != other.name for other in running)
+
+
+def _of_grid(runs: Iterable[PlannedRun]) -> bool:
+    return any(run.stage == "grid" for run in runs)
 
 
 def _widen(plan: Plan, output_dir: Path) -> tuple[Plan, list[PlannedRun]]:
@@ -119,38 +174,8 @@ def _widen(plan: Plan, output_dir: Path) -> tuple[Plan, list[PlannedRun]]:
     return wider, [run for run in wider.runs_of(["grid"]) if run not in before]
 
 
-class _Progress:
-    """How much of a plan's training is behind, in FLOPs, and about how long the rest takes."""
-
-    def __init__(self, config: Config) -> None:
-        @cache
-        def price(run: PlannedRun) -> int:
-            return sum(run_cost(config, run.settings), Cost()).flops
-
-        self.price = price
-        self.done = 0  # runs
-        self.behind = self.trained = 0  # FLOPs of all of them, and of those trained in this call
-        self.started = time.monotonic()
-
-    def line(self, run: PlannedRun, queue: Sequence[PlannedRun]) -> str:
-        """What is said before a run."""
-        ahead, number = sum(map(self.price, [run, *queue])), self.done + 1
-        place = f"{self.behind / (self.behind + ahead):.0%} of the training behind"
-        if self.trained:
-            minutes = (time.monotonic() - self.started) * ahead / self.trained / 60
-            place += f", about {minutes:,.0f} minutes left"
-        return f"[{number}/{number + len(queue)}] {run.name}: {run.settings.max_steps:,} steps; {place}"
-
-    def note(self, run: PlannedRun, *, worked: bool) -> None:
-        """Count a run as behind, and as trained in this call if it `worked`."""
-        self.done += 1
-        self.behind += self.price(run)
-        if worked:  # some of it was done before, where a stopped run is resumed: the first guess is low
-            self.trained += self.price(run)
-
-
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What the runs of a plan have in common, and what is done with each."""
 
     model: str
@@ -162,6 +187,17 @@ class _Work:
     track: str | None
     ledger: Ledger | None
     say: Callable[[str], None]
+    progress: bool = True
+    """Show a bar while a run trains."""
+
+    def carry_out(self, run: PlannedRun, whole: bool) -> bool:
+        """Train a run and measure it, or measure the untrained base; return whether there was something to train."""
+        if run.stage == UNTRAINED:
+            self.measure_base()
+            return False
+        worked = self.train(run)
+        self.measure(run, whole=whole)
+        return worked
 
     def train(self, run: PlannedRun) -> bool:
         """Train a run, or resume it; leave it as it is when it is finished. Return whether there was something to do."""
@@ -199,6 +235,7 @@ class _Work:
             folder,
             stage=run.stage,
             resume=resume,
+            progress=self.progress,
             track=self.track,
             ledger=self.ledger,
         )

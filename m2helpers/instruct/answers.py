@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engine.processes import everyones, rank, share
 from ..flops.costs import Cost
 from ..ledger import Bill
 from ..text import left_pad
@@ -51,7 +52,7 @@ def answer(
     prices: Prices,
     bill: Bill | None = None,
 ) -> list[str]:
-    """Answer prompts greedily, and put that on a bill (as ``generate``).
+    """Answer prompts greedily, and put that on a bill (as ``generate``); several processes share the batches.
 
     Returns
     -------
@@ -60,9 +61,10 @@ def answer(
     """
     end, pad = end_and_pad(tokenizer)
     model.eval()
-    answers = [""] * len(tokens)
+    answers: dict[int, str] = {}
+    spent = Cost()
     order = sorted(range(len(tokens)), key=lambda i: tokens[i].prompt)
-    for first in range(0, len(order), BATCH):
+    for first in share(range(0, len(order), BATCH)):
         places = order[first : first + BATCH]
         prompts = left_pad([tokens[i].ids[: tokens[i].prompt] for i in places], pad)
         ids, mask = (torch.from_numpy(a).to(model.device) for a in prompts)  # (batch, prompt)
@@ -74,13 +76,19 @@ def answer(
             eos_token_id=end,
             pad_token_id=pad,
         )[:, ids.shape[1] :]  # (batch, new)
+        cost = prices.generation(len(ids), ids.shape[1], made.shape[1])
+        spent += cost
         if bill:
-            bill.add("generate", prices.generation(len(ids), ids.shape[1], made.shape[1]))
+            bill.add("generate", cost)
         for i, row in zip(places, made.tolist(), strict=True):
             ended = end in row
             text = str(tokenizer.decode(row[: row.index(end)] if ended else row, clean_up_tokenization_spaces=False))
             answers[i] = text if ended else text + "…"
-    return answers
+    for number, (theirs, cost) in enumerate(everyones((answers, spent))):
+        answers |= theirs
+        if bill and number != rank():
+            bill.add("generate", cost)
+    return [answers[i] for i in range(len(tokens))]
 
 
 def count_exact(rows: Sequence[Row], answers: Sequence[str]) -> Answered:

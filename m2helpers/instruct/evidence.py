@@ -95,7 +95,7 @@ def needs(config: PreTrainedConfig, settings: InstructSettings, rows: int, lengt
     parameters, trainable = count_parameters(config, settings.lora_r, settings.target_modules, head_bias=False)
     matrices = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n)
     prices = Prices(config, settings.adaptation, matrices * settings.four_bit)
-    epoch = prices.epoch([length] * rows, [length], settings.batch_size)
+    epoch = prices.epoch([length] * rows, [length], (settings.batch_size, settings.batch_size))
     return {
         "parameters": parameters,
         "quantised": matrices,

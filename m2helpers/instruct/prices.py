@@ -41,9 +41,16 @@ class Prices:
         """Of answering a batch with a cache."""
         return generation_cost(self.config, rows, prompt, new_tokens, self.adaptation) + self._unpacking * new_tokens
 
-    def epoch(self, train: Sequence[int], validation: Sequence[int], batch_size: int) -> dict[str, Cost]:
-        """The most that an epoch over rows of these lengths can cost, by kind: every batch full, and as long as the longest."""
+    def epoch(
+        self, train: Sequence[int], validation: Sequence[int], batch_sizes: tuple[int, int], processes: int = 1
+    ) -> dict[str, Cost]:
+        """The most that an epoch over rows of these lengths can cost, by kind: every batch full, and as long as the longest.
+
+        Every one of several processes has as many batches as the others: rows are read again where the last would lack some.
+        """
         most = {}
-        for kind, lengths, price in (("train", train, self.step), ("validate", validation, self.forward)):
-            most[kind] = price((batch_size, max(lengths))) * math.ceil(len(lengths) / batch_size)
+        kinds = (("train", train, self.step), ("validate", validation, self.forward))
+        for (kind, lengths, price), size in zip(kinds, batch_sizes, strict=True):
+            batches = math.ceil(len(lengths) / (size * processes)) * processes
+            most[kind] = price((size, max(lengths))) * batches
         return most

@@ -1,11 +1,13 @@
 """Instruction tuning with `transformers.Trainer`: LoRA over a base in four bits, every batch of it on the ledger.
 
 Unlike fine-tuning (`m2helpers.training`), which writes its own loop to be read, this follows the usual recipe with the usual tools. What it adds
-is the bill, a stop between two steps, and results that are the same whether or not a run was stopped after an epoch.
+is the bill, a stop between two steps, and results that are the same whether or not a run was stopped after an epoch. Several
+processes share the rows of a step, as `Trainer` deals them out.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,8 +29,9 @@ from transformers import (
 
 from ..engine.loop import Stopped, stop_on_signal
 from ..engine.losses import refuse_nan
-from ..files import write_json
-from ..flops.costs import Cost
+from ..engine.processes import all_there, any_of, by_first, count, end, everyones, rank, sums
+from ..files import UserError, write_json
+from ..flops.costs import BatchCost, Cost
 from ..ledger import Bill, Ledger, Spender, default_ledger
 from ..models import Base
 from ..runs import one_writer
@@ -94,28 +97,27 @@ def tune(
     """
     output_dir = Path(output_dir) if output_dir is not None else None
     config = folders.describe(base, rows, settings)
-    last = folders.check(output_dir, config, resume)
+    last = by_first(lambda: folders.check(output_dir, config, resume))
     name = output_dir.resolve().name if output_dir else "unsaved"
     tokens = {part: tokenise_rows(r, base.tokenizer, settings.max_length, part) for part, r in rows.items()}
-    work = _Work(
-        base, rows, tokens, settings, ledger or default_ledger(base), Spender(name, STAGE, config["settings_sha256"])
-    )
-    if output_dir:
+    work = _Work(base, rows, tokens, settings, ledger, Spender(name, STAGE, config["settings_sha256"]))
+    first = rank() == 0
+    if output_dir and first:
         write_json(output_dir / folders.CONFIG_NAME, config)
     before = folders.read_metrics(output_dir)["before"] if output_dir and last else work.answer()
     counts = cast(Any, work.model).get_nb_trainable_parameters()
     metrics: folders.Metrics = {"trainable": counts[0], "parameters": counts[1], "before": before, "after": None}
-    if output_dir and last is None:
+    if output_dir and last is None and first:
         write_json(output_dir / folders.METRICS_NAME, metrics)
     with tempfile.TemporaryDirectory() as scratch, stop_on_signal() as asked_to_stop:
         trainer = _trainer(work, Path(output_dir or scratch), save=bool(output_dir), label=name)
         charge = _Charge(trainer, asked_to_stop, progress)
         trainer.add_callback(charge)
-        with trainer.stack, charge.bar:
+        with trainer.stack, charge.bar, all_there():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     history = folders.history_of(trainer.state.log_history)
     metrics["after"] = work.answer()
-    if output_dir:
+    if output_dir and first:
         folders.finish(output_dir, work.model, base, config, history, metrics)
     return Tuned(work.model.eval(), history, metrics)
 
@@ -129,10 +131,11 @@ class _Work:
         rows: dict[str, list[Row]],
         tokens: dict[str, list[Tokens]],
         settings: InstructSettings,
-        ledger: Ledger,
+        ledger: Ledger | None,
         spender: Spender,
     ) -> None:
         self.base, self.settings, self.ledger, self.spender = base, settings, ledger, spender
+        self.batch_size, self.accumulation = _shares(settings)
         self.prices = Prices(base.model.config, settings.adaptation, four_bit_weights(base.model))
         self.train = tokens["train"] if settings.response_only else [row._replace(prompt=0) for row in tokens["train"]]
         self.validation = tokens["validation"]
@@ -143,14 +146,41 @@ class _Work:
     def epoch_cost(self) -> dict[str, Cost]:
         """The most that the next epoch can cost, by kind."""
         lengths = [[len(row.ids) for row in rows] for rows in (self.train, self.validation)]
-        return self.prices.epoch(lengths[0], lengths[1], self.settings.batch_size)
+        return self.prices.epoch(lengths[0], lengths[1], (self.batch_size, self.settings.batch_size), count())
+
+    def reserve(self, stack: ExitStack, place: str = "", **most: Cost) -> Bill | None:
+        """Reserve costs until a stack is closed; of several processes, the first has the bill."""
+        bill = None
+
+        def reserve() -> None:
+            nonlocal bill
+            self.ledger = self.ledger or default_ledger(self.base)
+            bill = stack.enter_context(self.ledger.reserve(self.spender, place, **most))
+
+        by_first(reserve)
+        return bill
 
     def answer(self) -> Answered:
         """Answer the validation rows as the model now is."""
         tokens = self.validation[: len(self.asked)]
-        with self.ledger.reserve(self.spender, generate=cost_at_most(tokens, self.prices)) as bill:
+        with ExitStack() as stack:
+            bill = self.reserve(stack, generate=cost_at_most(tokens, self.prices))
             answers = answer(self.model, self.base.tokenizer, tokens, self.prices, bill) if tokens else []
         return count_exact(self.asked, answers)
+
+
+def _shares(settings: InstructSettings) -> tuple[int, int]:
+    """Rows of a forward pass, and passes of a step, for one of several processes: passes are dealt out first, then rows."""
+    together = math.gcd(settings.accumulation, count())
+    rows, left = divmod(settings.batch_size, count() // together)
+    if left:
+        shared = f"accumulation {settings.accumulation} × batch_size {settings.batch_size}"
+        end(
+            UserError(
+                f"{shared}: not to be shared evenly by {count()} processes; give a multiple of that as accumulation"
+            )
+        )
+    return rows, settings.accumulation // together
 
 
 class _Trainer(Trainer):
@@ -165,24 +195,26 @@ class _Trainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
         """Take a step's forward and backward pass; a loss that is no number ends the run (`Diverged`)."""
-        self._add("train", self.work.prices.step(tuple(inputs["input_ids"].shape)))
+        self._add("train", self.work.prices.step, inputs)
         loss = super().training_step(model, inputs, *rest, **named)
-        refuse_nan([loss.item()], self.state.global_step + 1)
+        refuse_nan(sums([loss.item()]), self.state.global_step + 1)
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> tuple:
         """The loss of a validation batch."""
-        self._add("validate", self.work.prices.forward(tuple(inputs["input_ids"].shape)))
+        self._add("validate", self.work.prices.forward, inputs)
         return super().prediction_step(model, inputs, *rest, **named)
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """Log, with what has been spent; it is saved with the rest, and so survives a stop."""
         super().log(logs | {"flops": self.flops}, *rest, **named)
 
-    def _add(self, kind: str, cost: Cost) -> None:
-        assert self.bill is not None  # an epoch has begun
-        self.bill.add(kind, cost)
-        self.flops += cost.flops
+    def _add(self, kind: str, price: BatchCost, inputs: dict[str, Any]) -> None:
+        for shape in everyones(tuple(inputs["input_ids"].shape)):
+            cost = price(shape)
+            if self.bill:
+                self.bill.add(kind, cost)
+            self.flops += cost.flops
 
 
 def _trainer(work: _Work, folder: Path, *, save: bool, label: str) -> _Trainer:
@@ -191,9 +223,9 @@ def _trainer(work: _Work, folder: Path, *, save: bool, label: str) -> _Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=work.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=work.accumulation,
         learning_rate=settings.learning_rate,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
@@ -209,6 +241,7 @@ def _trainer(work: _Work, folder: Path, *, save: bool, label: str) -> _Trainer:
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -229,7 +262,7 @@ class _Charge(TrainerCallback):
 
     def __init__(self, trainer: _Trainer, asked_to_stop: Callable[[], bool], progress: bool) -> None:
         self.trainer, self.asked_to_stop = trainer, asked_to_stop
-        self.bar = tqdm(desc=trainer.label, unit="step", mininterval=1, disable=not progress)
+        self.bar = tqdm(desc=trainer.label, unit="step", mininterval=1, disable=not progress or rank() > 0)
         self.resumable = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -245,14 +278,14 @@ class _Charge(TrainerCallback):
             self.resumable = f"; --resume goes on after epoch {done}"
         trainer.stack.close()
         place = f"stopped at step {state.global_step:,} of {state.max_steps:,}{self.resumable}. "
-        trainer.bill = trainer.stack.enter_context(work.ledger.reserve(work.spender, place, **work.epoch_cost()))
+        trainer.bill = work.reserve(trainer.stack, place, **work.epoch_cost())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop if that was asked for."""
         self.bar.update()
-        if self.asked_to_stop() and state.global_step < state.max_steps:
+        if any_of(self.asked_to_stop()) and state.global_step < state.max_steps:
             place = f"stopped at step {state.global_step:,} of {state.max_steps:,}"
-            raise Stopped(f"{self.trainer.label}: {place}{self.resumable}")
+            end(Stopped(f"{self.trainer.label}: {place}{self.resumable}"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let the mean of the losses begin anew, as it does after a stop."""

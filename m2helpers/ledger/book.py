@@ -45,6 +45,9 @@ class Ledger:
         self.where, self.cap = where, cap
         self._store = _store(where)
 
+    def __reduce__(self) -> tuple:
+        return Ledger, (self.where, self.cap)  # another process opens it anew
+
     @contextmanager
     def reserve(self, spender: Spender, place: str = "", /, **most: Cost) -> Iterator[Bill]:
         """Reserve the most that work can cost, and settle what it did cost when the block ends, however it ends.

@@ -12,6 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
+from ..engine.processes import local_count
 from ..models import embedded_tokenizer
 from ..settings import PretrainSettings
 from ..text import right_pad, tokenise
@@ -37,14 +38,15 @@ class _Blocks(Dataset):
 def step_texts(settings: PretrainSettings, first: int, device: str) -> Iterator[torch.Tensor]:
     """Token ids of the texts of every step from `first` on, each (batch, length).
 
-    Beside a GPU, all cores but one draw texts ahead of it; a CPU that trains too is better left at that.
+    Beside a GPU, all cores but one draw texts ahead of it; a CPU that trains too is better left at that. Of several processes
+    each draws them all: those of one step are drawn together.
     """
     blocks = _Blocks(settings)
     loader = DataLoader(
         blocks,
         batch_size=None,  # a block is one already
         sampler=range(first // blocks.steps, -(-settings.max_steps // blocks.steps)),
-        num_workers=(os.cpu_count() or 1) - 1 if device == "cuda" else 0,
+        num_workers=max(0, (os.cpu_count() or 1) // local_count() - 1) if device == "cuda" else 0,
         worker_init_fn=_settle,
     )
     skipped = first % blocks.steps * settings.batch_size

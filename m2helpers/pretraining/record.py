@@ -10,6 +10,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from transformers import PreTrainedModel
 
+from ..engine.processes import count
 from ..engine.resume import State
 from ..files import UserError
 from ..flops.account import forward_account
@@ -137,4 +138,6 @@ def _machine(device: str) -> str:
     name = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     if device == "cuda":
         name = torch.cuda.get_device_name()
+    if count() > 1:
+        name = f"{count()} × {name}"
     return name + (", bfloat16" if has_bfloat16(device) else ", float32")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from ..engine.attention import attend_lean
 from ..engine.loop import run_steps
 from ..engine.losses import refuse_nan
+from ..engine.processes import add_up, by_first, check_batch, rank, share, sums
 from ..engine.resume import delete_state, has_state, load_state, save_state
 from ..files import UserError, apply_umask, read_json, write_json, write_text
 from ..flops.costs import forward_cost
@@ -81,7 +82,8 @@ def pretrain(
         On Ctrl-C or SIGTERM, after a save.
     """
     output_dir = Path(output_dir)
-    _check_folder(output_dir, resume)
+    check_batch("batch_size", settings.batch_size)
+    by_first(lambda: _check_folder(output_dir, resume))
     torch.manual_seed(settings.seed)
     device = choose_device()
     model: PreTrainedModel
@@ -105,6 +107,8 @@ def pretrain(
     if state.step < settings.max_steps:
         return state.record()
     record = finished_record(state, settings, model)
+    if rank():
+        return record
     model.eval().save_pretrained(output_dir)
     embedded_tokenizer().save_pretrained(output_dir)
     apply_umask(output_dir)
@@ -150,6 +154,7 @@ class _Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = group["plateau"] * settings.schedule(state.step)
         self.unread.append(_backward(self.model, next(self.texts)))
+        add_up(self.parameters.values())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         with mixed_precision(self.model):
             self.optimizer.step()
@@ -172,10 +177,11 @@ class _Pretraining:
 
     def save(self) -> None:
         self._read_losses()
-        save_state(self.folder, self.parameters, self.optimizer, self.state)
+        if rank() == 0:
+            save_state(self.folder, self.parameters, self.optimizer, self.state)
 
     def _read_losses(self) -> None:
-        self.state.losses += map(float, self.unread)
+        self.state.losses += sums(map(float, self.unread))
         self.unread.clear()
         refuse_nan(self.state.losses, self.state.step)
 
@@ -253,12 +259,12 @@ def _optimizer(settings: PretrainSettings, parameters: dict[str, torch.nn.Parame
 
 
 def _backward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The loss of a step's texts (batch, length), its gradients added up.
+    """The loss of a step's texts (batch, length), its gradients added up; of several processes each does its share.
 
     A CPU takes a few texts at a time, which fit its caches.
     """
     tokens, total = _scored(model, ids), torch.zeros((), device=model.device)
-    for part in ids.split(len(ids) if model.device.type == "cuda" else CPU_TEXTS):
+    for part in share(ids).split(len(ids) if model.device.type == "cuda" else CPU_TEXTS):
         with mixed_precision(model):
             loss = _loss(model, part) * (_scored(model, part) / tokens)
         loss.backward()
@@ -287,6 +293,8 @@ def _validate(model: PreTrainedModel, settings: PretrainSettings) -> dict[str, f
     was_training = model.training
     model.eval()
     shape = (settings.eval_texts, settings.max_length)
-    losses = {name: _loss(model, held_out(number, *shape)).item() for number, name in enumerate(FAMILIES)}
+    losses = [0.0] * len(FAMILIES)
+    for number in share(range(len(FAMILIES))):
+        losses[number] = _loss(model, held_out(number, *shape)).item()
     model.train(was_training)
-    return losses
+    return dict(zip(FAMILIES, sums(losses), strict=True))

@@ -11,7 +11,7 @@ import pandas as pd
 from ..data import load_dataset, statistics_table
 from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
-from ..paths import ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
+from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .headline import headline_table
@@ -80,6 +80,19 @@ def benchmarks_table() -> str:
     return "\n\n".join(parts) or "No benchmark has been recorded."
 
 
+def cluster_table() -> str:
+    """How much sooner a small plan is done by two workers, in Markdown."""
+    if not CLUSTER_TIMES.is_file():
+        return "No plan on a cluster has been timed."
+    record = read_json(CLUSTER_TIMES)
+    lines = markdown_header("", "seconds", "times as fast")
+    for row in record["rows"]:
+        lines.append(f"| {row['way']} | {row['seconds']:.0f} | {record['rows'][0]['seconds'] / row['seconds']:.2f} |")
+    alike = "the records of both are the same to the byte" if record["alike"] else "their records differ"
+    where = f"{record['machine']}, on which {record['load']:.0f} other programs were running; {record['date']}"
+    return "\n".join([*lines, "", f"{record['about']} Ray's own start is counted; {alike}. {where}."])
+
+
 def classic_table() -> str:
     """The classic public series in Markdown: errors of the base and of other methods over that of the last value, wins and losses."""
     if not SHIPPED_CLASSICS.is_file():
@@ -131,6 +144,7 @@ def blocks() -> dict[str, str]:
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
         "classic": classic_table(),
+        "cluster": cluster_table(),
         "data-statistics": statistics_table(load_dataset()),
     }
 
