@@ -17,9 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from m2helpers import models
 from m2helpers.engine import kvcache, losses
+from m2helpers.engine.attention import attend_lean
 from m2helpers.engine.losses import head_loss
 from m2helpers.engine.resume import load_state, save_state
 from m2helpers.forecasting import forecast
+from m2helpers.forecasting.captured import _Writing, can_capture
+from m2helpers.forecasting.decoding import Chooser, End, Rules
 from m2helpers.lora import apply_lora, lora_layers, merge, trainable_parameters, unmerge
 from m2helpers.models import load_base
 from m2helpers.pretraining import batches, record
@@ -27,7 +30,7 @@ from m2helpers.pretraining import run as pretraining
 from m2helpers.pretraining.families import FAMILIES
 from m2helpers.runs import load_run
 from m2helpers.settings import LoraSettings, PretrainSettings, TrainSettings
-from m2helpers.text import Codec, fit_scale
+from m2helpers.text import Codec, Grammar, fit_scale, tokenise
 from m2helpers.training import Training, TrainState, series_loss, train_lora
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -271,6 +274,32 @@ def test_forecasts_are_those_of_the_cpu(options, tiny_base, codec, small_data, c
     expected = found()
     with cuda():
         assert found() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_step_of_decoding_waits_for_nothing(temperature, constrained, tiny_base, codec, cuda):
+    """So it can be captured as a CUDA graph: it also changes tensors in place only, and finds them where they were."""
+    grammar, n = Grammar(codec, 2), 3
+    with cuda() as gpu:
+        base = tiny_base()
+        with attend_lean(base.model), torch.inference_mode():
+            assert can_capture(base)
+            prompts = tokenise(["1.16,1.27;", "0.83", "1.16,1.27;"], base.tokenizer)
+            chooser = Chooser(temperature, torch.full((n, 99), 0.4, device="cuda"))
+            rules = Rules(grammar, base) if constrained else None
+            writing = _Writing(base, prompts, End(26, 6, 90), chooser, rules, n * [grammar.walk("0.83")])
+            before = {name: t.data_ptr() for name, t in _attributes(writing)}
+            with gpu.without_waiting():
+                writing.step()
+                writing.step()
+        assert {name: t.data_ptr() for name, t in _attributes(writing)} == before
+        assert writing.rows.count.min() >= 2 and writing.passes.item() == 2
+
+
+def _attributes(writing):
+    held = vars(writing) | vars(writing.rows) | {f"room {i}": room for i, room in enumerate(writing.rooms)}
+    return [(f"{name} {i}", t) for name, value in held.items() for i, t in enumerate(_tensors(value))]
 
 
 @pytest.mark.slow
