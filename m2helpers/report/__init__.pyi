@@ -21,6 +21,7 @@ from .pages import fill_blocks as fill_blocks
 from .pages import fill_pages as fill_pages
 from .pages import pretraining_summary as pretraining_summary
 from .pages import spending_table as spending_table
+from .prices import cost_blocks as cost_blocks
 from .tables import PUBLISHED as PUBLISHED
 from .tables import PUBLISHED_L20 as PUBLISHED_L20
 from .tables import PUBLISHED_L50 as PUBLISHED_L50

@@ -15,6 +15,7 @@ from ..paths import ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folde
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .headline import headline_table
+from .prices import cost_blocks
 from .terms import beside_the_law, duels_table, terms_table
 
 
@@ -115,7 +116,9 @@ def classic_table() -> str:
 
 def blocks() -> dict[str, str]:
     """Every marked block by name."""
+    dataset = load_dataset()
     return {
+        **cost_blocks(dataset),
         "results": headline_table(),
         "terms": terms_table(),
         "duels": duels_table(),
@@ -131,7 +134,7 @@ def blocks() -> dict[str, str]:
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
         "classic": classic_table(),
-        "data-statistics": statistics_table(load_dataset()),
+        "data-statistics": statistics_table(dataset),
     }
 
 
