@@ -65,6 +65,7 @@ def benchmarks_table() -> str:
         "work": "work", "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
         "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
         "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's",
+        "first_seconds": "longest to warm up", "utilisation": "of the peak",
         "mae": "P5 error", "mae_change": "change (%)",
     }  # fmt: skip
     parts = []

@@ -1,7 +1,7 @@
 """What the plans would cost on GPUs, on paper: the account of every step over a measured utilisation, times a price an hour.
 
 What is assumed and what was measured stands in ``docs/cost.json``, to be edited; a benchmark that has run on a GPU
-(``bench train --device cuda``) takes the place of the figures there.
+(``bench rivals --device cuda``) takes the place of the figures there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..experiments.planning import PLANS, Plan, plan_table, run_cost
 from ..files import read_json
 from ..flops.account import forward_account
 from ..flops.architecture import QWEN_05B, QWEN_7B
-from ..flops.backward import lora_backward_flops
+from ..flops.backward import lora_step_flops
 from ..flops.costs import Adaptation, training_cost
 from ..paths import SHIPPED_BENCHMARKS, SHIPPED_COSTS
 from ..settings import TrainSettings
@@ -55,21 +55,17 @@ class Step:
     def needed(self) -> int:
         """FLOPs of the matrix products that LoRA needs: of frozen weights there is no gradient."""
         vocabulary = CHARACTERS if self.numeric else None
-        forward = forward_account(QWEN_05B, self.rows, self.length, lora_r=8, vocabulary=vocabulary)
-        backward = lora_backward_flops(QWEN_05B, self.rows, self.length, lora_r=8, vocabulary=vocabulary)
-        return sum(forward.matmuls.values()) + backward
+        return lora_step_flops(QWEN_05B, self.rows, self.length, lora_r=8, vocabulary=vocabulary)
 
 
 def measured_steps() -> tuple[list[Step], str]:
     """Steps timed on a GPU, and where: of the recorded benchmarks if they have run on one, else those in ``docs/cost.json``."""
     record = read_json(SHIPPED_BENCHMARKS) if SHIPPED_BENCHMARKS.is_file() else {}
-    entries = [record[name] for name in ("train-cuda", "train-large-cuda") if name in record]
-    if not entries:
+    if "rivals-cuda" not in record:
         costs = read_json(SHIPPED_COSTS)
         return [Step(**step) for step in costs["measured"]], costs["measured_on"]
-    names = ("side", "rows", "length", "numeric", "seconds", "peak_gb")
-    steps = [Step(*(row[name] for name in names)) for entry in entries for row in entry["rows"]]
-    return steps, f"{entries[0]['machine']}; {entries[0]['date']}"
+    entry, names = record["rivals-cuda"], ("side", "rows", "length", "numeric", "seconds", "peak_gb")
+    return [Step(*(row.get(name) for name in names)) for row in entry["rows"]], f"{entry['machine']}; {entry['date']}"
 
 
 def utilisation_table() -> str:

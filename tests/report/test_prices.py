@@ -72,6 +72,6 @@ def test_a_benchmark_that_ran_on_a_gpu_takes_the_place_of_the_assumed_steps(reco
     recorded()
     assert len(measured_steps()[0]) == len(read_json(prices.SHIPPED_COSTS)["measured"])
     row = dict(side="ours", rows=4, length=512, numeric=True, seconds=0.02, peak_gb=3.0, ratio=1.0, times=[0.02])
-    recorded(record={"train-cuda": dict(machine="a GPU", date="2026-12-01", rows=[row])})
+    recorded(record={"rivals-cuda": dict(machine="a GPU", date="2026-12-01", rows=[row])})
     assert measured_steps() == ([Step("ours", 4, 512, True, 0.02, 3.0)], "a GPU; 2026-12-01")
     assert "| ours | 4 × 512 | 20 | 3 |" in prices.utilisation_table()
