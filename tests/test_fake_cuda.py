@@ -5,11 +5,13 @@ would refuse on a real GPU is refused here. (PyTorch's own fake tensors hold no 
 a loss could run, and its CPU build ends the whole process when one of them on `cuda` wants a gradient.)
 """
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from m2helpers import models
 from m2helpers.engine import kvcache, losses
 from m2helpers.engine.attention import attend_lean
-from m2helpers.engine.losses import head_loss
+from m2helpers.engine.compiled import FixedPasses
+from m2helpers.engine.losses import Diverged, head_loss
 from m2helpers.engine.resume import load_state, save_state
 from m2helpers.forecasting import forecast
 from m2helpers.forecasting.captured import _Writing, can_capture
@@ -325,7 +328,8 @@ def test_training_is_that_of_the_cpu(changes, tiny_base, small_data, cuda, tmp_p
         run = load_run(tmp_path / "run")
         assert _devices(run.base.model) == {CUDA}
         loss = series_loss(run.base, run.codec, small_data.part("validation"), 40)
-    assert result.history["val_loss"].tolist() == pytest.approx(expected["val_loss"].tolist(), rel=1e-5)
+    for column in ("loss", "val_loss", "flops"):
+        assert result.history[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-5)
     assert 0 < loss < 20
 
 
@@ -343,6 +347,24 @@ def test_a_stopped_run_goes_on(tiny_base, small_data, codec, cuda, tmp_path):
         assert {m.device for state in again.optimizer.state.values() for m in state.values()} == {CUDA}
         (first, expected), (found,) = work.read_losses(2), again.read_losses(2)
         assert found == expected != first
+
+
+def test_a_loss_that_is_no_number_is_found_before_it_is_saved(tiny_base, small_data, cuda, tmp_path, monkeypatch):
+    """Nobody has looked since the first step; the state on disk is that of the save before, and the message names the step."""
+    monkeypatch.setattr("m2helpers.training.LOOK", 1e9)
+    settings = TrainSettings(lora_r=2, batch_size=3, max_steps=9, max_length=40, eval_steps=9, save_steps=3)
+    backward, steps = FixedPasses.backward, []
+
+    def damaged(passes, windows):
+        steps.append(len(windows))
+        return backward(passes, windows) * (float("nan") if len(steps) == 5 else 1.0)
+
+    monkeypatch.setattr(FixedPasses, "backward", damaged)
+    with cuda(), pytest.raises(Diverged, match="step 5: the loss is no longer a number"):
+        train_lora(tiny_base(), small_data, settings, tmp_path / "run", progress=False, compiled=False)
+    assert len(steps) == 6
+    with safe_open(tmp_path / "run" / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["about"])["record"]["step"] == 3
 
 
 def test_updates_merge_and_come_out_again(tiny_base, cuda):

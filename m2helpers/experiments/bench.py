@@ -118,7 +118,8 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) ->
 
 
 def _our_steps(work: Training, steps: int) -> list[float]:
-    return [timed(work.step) for _ in range(1 + steps)][1:]
+    warm = WARM_GPU if work.fixed else 1
+    return [timed(work.step) for _ in range(warm + steps)][warm:]
 
 
 def train_rivals(dataset: Dataset, _: Ledger) -> Measured:

@@ -45,8 +45,8 @@ def compare_training(
     settings = replace(settings, max_steps=warm + steps)
     numeric = replace(settings, numeric_head=True)
     sides: dict[str, Side] = {
-        "peft": lambda: trainer_steps(make(), codec, dataset, settings),
-        "peft + torch.compile": lambda: trainer_steps(make(), codec, dataset, settings, torch_compile=True),
+        "peft + Trainer": lambda: trainer_steps(make(), codec, dataset, settings),
+        "peft + Trainer, torch.compile": lambda: trainer_steps(make(), codec, dataset, settings, torch_compile=True),
         "TRL SFTTrainer, chunked loss": lambda: trainer_steps(make(), codec, dataset, settings, trl=True),
         "full vocabulary": lambda: our_steps(make(), codec, dataset, settings),
         NUMERIC: lambda: our_steps(make(), codec, dataset, numeric),

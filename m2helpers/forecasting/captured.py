@@ -34,7 +34,10 @@ ROOM = 64  # the cache's length is a multiple of this many tokens, which suits a
 
 def can_capture(base: Base) -> bool:
     """Whether a base decodes here, inside `attend_lean`: on a GPU, if its layers keep all tokens and take the masks they are given."""
-    return base.model.device.type == "cuda" and can_share(base.model, make_cache(base.model.config))
+    config = base.model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    still = rope not in ("dynamic", "longrope")  # those ask the host how far it has come
+    return base.model.device.type == "cuda" and still and can_share(base.model, make_cache(config))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ..flops.account import CAP
 from ..paths import ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .goals import goals_table
 from .headline import headline_table
 from .prices import cost_blocks
 from .terms import beside_the_law, duels_table, terms_table
@@ -134,6 +135,7 @@ def blocks() -> dict[str, str]:
         "spending": spending_table(),
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
+        "goals": goals_table(),
         "classic": classic_table(),
         "data-statistics": statistics_table(dataset),
     }
