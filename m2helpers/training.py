@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -19,13 +20,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from .data import Dataset
 from .engine.activations import lean_activations
 from .engine.attention import attend_lean
+from .engine.compiled import FixedPasses
 from .engine.loop import run_steps
 from .engine.losses import head_loss, refuse_nan
-from .engine.processes import add_up, by_first, check_batch, rank, share, sums
+from .engine.processes import add_up, by_first, check_batch, count, rank, share, sums
 from .engine.resume import State, load_state, save_state
 from .engine.tracking import Log, tracked
 from .engine.windows import augmented_window, endless_series, pick, text_windows
@@ -38,6 +41,8 @@ from .runs import check_folder, describe, finish, one_writer
 from .settings import STAGES, TrainSettings
 from .simulator import Law
 from .text import Codec, fit_scale, numeric_tokens, right_pad
+
+LOOK = 1.0  # seconds between two looks at the losses of a GPU, which wait for it
 
 
 class TrainRow(TypedDict):
@@ -87,6 +92,7 @@ def train_lora(
     progress: bool = True,
     track: str | None = None,
     ledger: Ledger | None = None,
+    compiled: bool = True,
 ) -> TrainResult:
     """Fine-tune a base on the training split of a dataset, and charge it to the base's ledger.
 
@@ -110,6 +116,8 @@ def train_lora(
         Log losses to this tracker (`tracking.TRACKERS`) as well; needs `output_dir`.
     ledger : Ledger, optional
         Where it is charged; by default the base's own (`default_ledger`).
+    compiled : bool
+        On a GPU, compile the training step (`engine.compiled`). A CPU never does.
 
     Returns
     -------
@@ -120,7 +128,7 @@ def train_lora(
     UserError
         If the folder holds a run already, or nothing to resume, or a run with other settings.
     Diverged
-        If the loss is no longer a finite number. The step is billed.
+        If the loss is no longer a finite number. The step is billed; on a GPU, so are those up to the next look at the loss.
     CapReached
         If the steps up to the next save do not fit under the cap; what was saved before stays, to be resumed.
     Stopped
@@ -134,7 +142,7 @@ def train_lora(
     config = describe(base, dataset, settings, codec, stage, law)
     check_batch("batch_size", settings.batch_size)
     by_first(lambda: check_folder(folder, config, resume))
-    work = Training(base, dataset, settings, codec, law)
+    work = Training(base, dataset, settings, codec, law, compiled)
     if folder and resume:
         work.state = load_state(folder, work.parameters, work.optimizer, TrainState, work.best)
     elif folder and rank() == 0:
@@ -156,7 +164,13 @@ class Training:
     """A run in hand: what it trains, and where it stands."""
 
     def __init__(
-        self, base: Base, dataset: Dataset, settings: TrainSettings, codec: Codec, law: Law | None = None
+        self,
+        base: Base,
+        dataset: Dataset,
+        settings: TrainSettings,
+        codec: Codec,
+        law: Law | None = None,
+        compiled: bool = True,
     ) -> None:
         self.base, self.settings, self.law = base, settings, law
         self.codec, self.series = codec, dataset.part("train")
@@ -168,8 +182,12 @@ class Training:
         self.validation = [validation[i] for i in chosen]
         torch.manual_seed(settings.seed)
         self.parameters = trainable_parameters(apply_lora(base.model, settings))
+        on_gpu = base.model.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=on_gpu or None,
         )
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.state = TrainState()
@@ -179,6 +197,14 @@ class Training:
             else None
         )
         self.step_cost, self.cost = batch_costs(base.model.config, settings.adaptation)
+        self.unread: list[torch.Tensor] = []
+        """Losses of the last steps, still on the GPU: reading one waits until it has come to it."""
+        self.fixed: FixedPasses | None = None
+        if on_gpu and count() == 1:  # a share of a batch has no fixed shape
+            context = partial(mixed_precision, base.model)
+            self.fixed = FixedPasses(
+                base.model, base.pad_id, settings.max_length, self.characters, context, compiled=compiled
+            )
         if settings.gradient_checkpointing:
             # The re-entrant kind would want embeddings that learn.
             base.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -201,15 +227,13 @@ class Training:
             group["lr"] = settings.rate(step)
         self.base.model.train()
         places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
-        with lean_activations(self.base.model), attend_lean(self.base.model):  # checkpoints are computed again inside
-            with mixed_precision(self.base.model):
-                loss, shape = _loss(self.base, [self.window(place) for place in places], self.characters)
-            loss.backward()
+        loss, shape = self._backward([self.window(place) for place in places])
         spent = self.step_cost(shape)
         if bill:
             bill.add("train", spent)
-        (lost,) = sums([loss.item()])
-        refuse_nan([lost], step + 1)
+        self.unread.append(loss)
+        if not self.fixed:
+            self.read_losses(step + 1)
         add_up(self.parameters.values())
         nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
@@ -219,9 +243,29 @@ class Training:
                 average = self.optimizer.state[p].setdefault("average", p.detach().clone())
                 average.lerp_(p.detach(), 1 - settings.average)
         state.step, state.due = step + 1, settings.validates(step + 1)
-        state.losses.append(lost)
         state.flops += spent.flops
         return spent
+
+    def _backward(self, windows: list[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The loss of a step, whose gradients are added to the parameters', and the shape of the batch."""
+        if self.fixed:
+            return self.fixed.backward(windows), (len(windows), max(map(len, windows)))
+        with lean_activations(self.base.model), attend_lean(self.base.model):  # checkpoints are computed again inside
+            with mixed_precision(self.base.model):
+                loss, shape = _loss(self.base, windows, self.characters)
+            loss.backward()
+        return loss.detach(), shape
+
+    def read_losses(self, step: int) -> list[float]:
+        """Put the losses up to a step that are not read yet into the state, and return them (`Diverged`)."""
+        if not self.unread:
+            return []
+        losses = sums(torch.stack(self.unread).tolist())  # each process has its share of a loss
+        self.unread.clear()
+        for number, loss in enumerate(losses, step - len(losses) + 1):
+            refuse_nan([loss], number)
+        self.state.losses += losses
+        return losses
 
     def window(self, place: int) -> np.ndarray:
         """The training window at a place in an endless row, of shuffled epochs or of systems drawn from the law: its token ids."""
@@ -237,6 +281,7 @@ class Training:
     def validate(self, asked_to_stop: Callable[[], bool], bill: Bill | None = None) -> None:
         """Measure the validation loss and keep the weights if they are the best; when asked to stop, leave it due."""
         state = self.state
+        self.read_losses(state.step)
         with self._averaged() as weights:
             loss, spent = _validate(
                 self.base, self.settings, self.validation, self.cost, asked_to_stop, self.characters
@@ -281,6 +326,7 @@ class _Charged:
         self.state, self.max_steps, self.save_steps = run.state, run.settings.max_steps, run.settings.save_steps
         self.bill: Bill | None = None
         self.started, self.tokens = time.monotonic(), 0
+        self.looked, self.logged, self.shown = -math.inf, len(run.state.losses), ""
 
     @contextmanager
     def interval(self, stop: int) -> Iterator[None]:
@@ -298,19 +344,38 @@ class _Charged:
             yield
 
     def step(self) -> str:
-        state = self.state
+        compiling = self._compiling()
         self.tokens += self.run.step(self.bill).tokens
-        state.speed = round(self.tokens / (time.monotonic() - self.started), 1)
-        loss, rate = state.losses[-1], self.run.settings.rate(state.step - 1)
-        self.log({"loss": loss, "learning_rate": rate}, state.step)
-        return f"loss {loss:.3f}, {state.speed:,.0f} tokens/s, {state.flops:.2e} FLOPs"
+        if seconds := self._compiling() - compiling:
+            tqdm.write(f"compiling the training step took {seconds:.0f} s, which tokens/s count too")
+        if not self.run.fixed or time.monotonic() - self.looked > LOOK:
+            self._look()
+        return self.shown
+
+    def _compiling(self) -> float:
+        return self.run.fixed.seconds if self.run.fixed else 0.0
+
+    def _look(self) -> None:
+        """Wait for a GPU, and show and log the losses since the last look."""
+        run, state = self.run, self.state
+        run.read_losses(state.step)
+        new = state.losses[self.logged :]
+        for step, loss in enumerate(new, state.step - len(new) + 1):
+            self.log({"loss": loss, "learning_rate": run.settings.rate(step - 1)}, step)
+        if new:
+            state.speed = round(self.tokens / (time.monotonic() - self.started), 1)
+            self.shown = f"loss {new[-1]:.3f}, {state.speed:,.0f} tokens/s, {state.flops:.2e} FLOPs"
+        self.logged, self.looked = len(state.losses), time.monotonic()
 
     def validate(self, asked_to_stop: Callable[[], bool]) -> None:
+        self._look()
         self.run.validate(asked_to_stop, self.bill)
         if not self.state.due:
+            self.logged = 0
             self.log({"val_loss": self.state.history[-1]["val_loss"]}, self.state.step)
 
     def save(self) -> None:
+        self._look()  # a loss that is no number is refused before it is saved
         if self.folder and rank() == 0:
             save_state(self.folder, self.run.parameters, self.run.optimizer, self.state, self.run.best)
 

@@ -5,20 +5,27 @@ would refuse on a real GPU is refused here. (PyTorch's own fake tensors hold no 
 a loss could run, and its CPU build ends the whole process when one of them on `cuda` wants a gradient.)
 """
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from m2helpers import models
 from m2helpers.engine import kvcache, losses
-from m2helpers.engine.losses import head_loss
+from m2helpers.engine.attention import attend_lean
+from m2helpers.engine.compiled import FixedPasses
+from m2helpers.engine.losses import Diverged, head_loss
 from m2helpers.engine.resume import load_state, save_state
 from m2helpers.forecasting import forecast
+from m2helpers.forecasting.captured import _Writing, can_capture
+from m2helpers.forecasting.decoding import Chooser, End, Rules
 from m2helpers.lora import apply_lora, lora_layers, merge, trainable_parameters, unmerge
 from m2helpers.models import load_base
 from m2helpers.pretraining import batches, record
@@ -26,13 +33,14 @@ from m2helpers.pretraining import run as pretraining
 from m2helpers.pretraining.families import FAMILIES
 from m2helpers.runs import load_run
 from m2helpers.settings import LoraSettings, PretrainSettings, TrainSettings
-from m2helpers.text import Codec, fit_scale
+from m2helpers.text import Codec, Grammar, fit_scale, tokenise
 from m2helpers.training import Training, TrainState, series_loss, train_lora
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 DEVICE, IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)  # between devices
+READ = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -40,11 +48,29 @@ class MixedDevices(RuntimeError):
     """An operation was given tensors of two devices."""
 
 
+class Waits(RuntimeError):
+    """The host reads a value of the GPU's, for which it must wait until the GPU has come to it."""
+
+
 class _FakeCuda:
     """Which memory counts as the GPU's, and the two modes that keep account of it."""
 
     def __init__(self) -> None:
+        self.may_wait = True
         self.there: dict[int, torch.UntypedStorage] = {}  # kept, so that no other memory gets an address of theirs
+
+    @contextmanager
+    def without_waiting(self):
+        """Refuses (`Waits`) whatever makes the host wait."""
+        self.may_wait = False
+        try:
+            yield
+        finally:
+            self.may_wait = True
+
+    def wait(self, what: object) -> None:
+        if not self.may_wait:
+            raise Waits(f"{what} waits for the GPU")
 
     def holds(self, tensor: torch.Tensor) -> bool:
         with torch._C.DisableTorchFunction():
@@ -87,6 +113,8 @@ class _Surface(TorchFunctionMode):
             return self.gpu.holds(args[0])
         if function in (torch.Tensor.numpy, torch.Tensor.__array__) and self.gpu.holds(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if function == torch.Tensor.tolist and self.gpu.holds(args[0]):
+            self.gpu.wait(function)
         if function in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return self._copy(function, *args, **kwargs)
         if function is torch.Tensor.backward:  # Python runs inside: our own slopes, and checkpoints computed again
@@ -112,6 +140,8 @@ class _Surface(TorchFunctionMode):
                 dtype = value
         if wanted.type not in ("cpu", "cuda") or wanted.type == here.type:
             return tensor.to(CPU if wanted.type == "cuda" else wanted, dtype)
+        if here.type == "cuda":
+            self.gpu.wait("a copy to the CPU")
         copy = tensor.to(dtype, copy=True)
         return self.gpu.put(copy) if _is_cuda(wanted) else self.gpu.take(copy)
 
@@ -126,6 +156,9 @@ class _Rules(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = _tensors((args, kwargs))
         there = [t for t in given if self.gpu.holds(t)]
+        masks = function in INDEXED and any(t.dtype == torch.bool for t in _tensors(args[1]))
+        if there and (function in READ or masks):  # how long the result is depends on values
+            self.gpu.wait(function)
         if there and function not in COPIES:
             checked = _tensors((args[0], args[2:])) if function in INDEXED else given
             if strange := [t for t in checked if t.dim() and not self.gpu.holds(t)]:
@@ -149,11 +182,18 @@ def _is_cuda(device) -> bool:
 def cuda(monkeypatch, tmp_path):
     """Turns a GPU on, as far as our code can see: `with cuda():`."""
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
-    generator = torch.Generator
+    generator, group = torch.Generator, clip_grad._group_tensors_by_device_and_dtype
 
     @contextmanager
     def turned_on():
-        with monkeypatch.context() as patch, _FakeCuda():
+        with monkeypatch.context() as patch, _FakeCuda() as gpu:
+
+            def grouped(tensors, *options):  # by device in C++, which sees the CPU
+                groups = group(tensors, *options)
+                there = all(map(gpu.holds, _tensors(tensors)))
+                return {(CUDA if there else device, dtype): found for (device, dtype), found in groups.items()}
+
+            patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", grouped)
             for module in (models, pretraining):
                 patch.setattr(module, "choose_device", lambda: "cuda")
             for module in (models, record):
@@ -162,7 +202,7 @@ def cuda(monkeypatch, tmp_path):
             # A checkpoint looks at devices from inside other operations, where the surface is off.
             patch.setitem(torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", lambda tensor: None)
             patch.setattr(torch, "Generator", lambda device: generator(None if _is_cuda(device) else device))
-            yield
+            yield gpu
 
     return turned_on
 
@@ -197,6 +237,17 @@ def test_mixing_is_refused(cuda):
             there.numpy()
 
 
+def test_waiting_is_refused(cuda):
+    with cuda() as gpu, gpu.without_waiting():
+        there = torch.ones(2, 3, device="cuda")
+        assert torch.where(there > 0, there, 0).argmax(-1).is_cuda and torch.ones(2).sum().item() == 2
+        reads = [there.sum().item, there.cpu, there.nonzero, lambda: there[there > 0], lambda: bool(there.any())]
+        for read in [*reads, lambda: float(there[0, 0]), there.tolist]:
+            with pytest.raises(Waits):
+                read()
+    assert there.sum().item() == 6
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_moves_whole_and_its_head_bias_stays_float32(dtype, tiny_base, cuda):
     with cuda():
@@ -228,6 +279,32 @@ def test_forecasts_are_those_of_the_cpu(options, tiny_base, codec, small_data, c
         assert found() == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_step_of_decoding_waits_for_nothing(temperature, constrained, tiny_base, codec, cuda):
+    """So it can be captured as a CUDA graph: it also changes tensors in place only, and finds them where they were."""
+    grammar, n = Grammar(codec, 2), 3
+    with cuda() as gpu:
+        base = tiny_base()
+        with attend_lean(base.model), torch.inference_mode():
+            assert can_capture(base)
+            prompts = tokenise(["1.16,1.27;", "0.83", "1.16,1.27;"], base.tokenizer)
+            chooser = Chooser(temperature, torch.full((n, 99), 0.4, device="cuda"))
+            rules = Rules(grammar, base) if constrained else None
+            writing = _Writing(base, prompts, End(26, 6, 90), chooser, rules, n * [grammar.walk("0.83")])
+            before = {name: t.data_ptr() for name, t in _attributes(writing)}
+            with gpu.without_waiting():
+                writing.step()
+                writing.step()
+        assert {name: t.data_ptr() for name, t in _attributes(writing)} == before
+        assert writing.rows.count.min() >= 2 and writing.passes.item() == 2
+
+
+def _attributes(writing):
+    held = vars(writing) | vars(writing.rows) | {f"room {i}": room for i, room in enumerate(writing.rooms)}
+    return [(f"{name} {i}", t) for name, value in held.items() for i, t in enumerate(_tensors(value))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -246,27 +323,48 @@ def test_training_is_that_of_the_cpu(changes, tiny_base, small_data, cuda, tmp_p
     settings = replace(settings, lora_dropout=0.0, learning_rate=1e-2, eval_windows=4, **changes)
     expected = train_lora(tiny_base(), small_data, settings, progress=False).history
     with cuda():
-        result = train_lora(tiny_base(), small_data, settings, tmp_path / "run", progress=False)
+        result = train_lora(tiny_base(), small_data, settings, tmp_path / "run", progress=False, compiled=False)
         assert _devices(result.model) == {CUDA}
         run = load_run(tmp_path / "run")
         assert _devices(run.base.model) == {CUDA}
         loss = series_loss(run.base, run.codec, small_data.part("validation"), 40)
-    assert result.history["val_loss"].tolist() == pytest.approx(expected["val_loss"].tolist(), rel=1e-5)
+    for column in ("loss", "val_loss", "flops"):
+        assert result.history[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-5)
     assert 0 < loss < 20
 
 
 def test_a_stopped_run_goes_on(tiny_base, small_data, codec, cuda, tmp_path):
     settings = TrainSettings(lora_r=2, batch_size=3, max_steps=3, max_length=40, average=0.9)
-    with cuda():
-        work = Training(tiny_base(), small_data, settings, codec)
+    with cuda() as gpu:
+        work = Training(tiny_base(), small_data, settings, codec, compiled=False)
         work.step()  # with dropout
         save_state(tmp_path, work.parameters, work.optimizer, work.state, work.best)
-        again = Training(tiny_base(), small_data, settings, codec)
+        again = Training(tiny_base(), small_data, settings, codec, compiled=False)
         again.state = load_state(tmp_path, again.parameters, again.optimizer, TrainState, again.best)
         for run in (work, again):
-            run.step()
-        assert {m.device for state in again.optimizer.state.values() for m in state.values() if m.dim()} == {CUDA}
-        assert again.state.losses == work.state.losses
+            with gpu.without_waiting():
+                run.step()
+        assert {m.device for state in again.optimizer.state.values() for m in state.values()} == {CUDA}
+        (first, expected), (found,) = work.read_losses(2), again.read_losses(2)
+        assert found == expected != first
+
+
+def test_a_loss_that_is_no_number_is_found_before_it_is_saved(tiny_base, small_data, cuda, tmp_path, monkeypatch):
+    """Nobody has looked since the first step; the state on disk is that of the save before, and the message names the step."""
+    monkeypatch.setattr("m2helpers.training.LOOK", 1e9)
+    settings = TrainSettings(lora_r=2, batch_size=3, max_steps=9, max_length=40, eval_steps=9, save_steps=3)
+    backward, steps = FixedPasses.backward, []
+
+    def damaged(passes, windows):
+        steps.append(len(windows))
+        return backward(passes, windows) * (float("nan") if len(steps) == 5 else 1.0)
+
+    monkeypatch.setattr(FixedPasses, "backward", damaged)
+    with cuda(), pytest.raises(Diverged, match="step 5: the loss is no longer a number"):
+        train_lora(tiny_base(), small_data, settings, tmp_path / "run", progress=False, compiled=False)
+    assert len(steps) == 6
+    with safe_open(tmp_path / "run" / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["about"])["record"]["step"] == 3
 
 
 def test_updates_merge_and_come_out_again(tiny_base, cuda):

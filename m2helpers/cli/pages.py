@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,15 +20,19 @@ class Bench:
 
     name: Positional[
         Literal[
-            "train", "decode", "samples", "context", "train-embedded", "decode-embedded", "samples-embedded", "threads", "classic"
+            "train", "decode", "samples", "context", "train-embedded", "decode-embedded", "samples-embedded", "threads", "rivals", "rivals-decode", "classic"
         ]
     ]  # fmt: skip
     """Which benchmark."""
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: docs/benchmarks.json)")] = None
     """Record to put it into; that of `classic`, public series forecast beside ARIMA, ETS and simple methods, is one of its own."""
+    device: Literal["cuda", "mps", "cpu"] | None = None
+    """Where to run it; by default the first of these that there is. A GPU's record stands beside the CPU's."""
     data: DataFile = DATA_FILE
 
     def __call__(self) -> None:
+        if self.device:
+            os.environ["M2_DEVICE"] = self.device
         import pandas as pd
 
         from ..data import load_dataset

@@ -80,6 +80,8 @@ class Train:
     resume: Flag = False
     """Continue a run that was stopped, from its last save."""
     track: Track = None
+    compile: Literal["auto", "never"] = "auto"
+    """auto compiles the training step on a GPU, which takes a minute or so; on a CPU nothing is compiled."""
     data: DataFile = DATA_FILE
     model: BaseName = field(default_factory=default_model)
     settings: _TrainFlags
@@ -104,6 +106,7 @@ class Train:
             law=law_of(dataset) if self.stage == AMORTISED else None,
             resume=self.resume,
             track=self.track,
+            compiled=self.compile == "auto",
         )
         best = result.history["val_loss"].min()
         print(f"{self.output_dir}: best validation loss {best:.4f}, {result.history['flops'].iloc[-1]:.3g} FLOPs")

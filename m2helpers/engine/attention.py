@@ -7,7 +7,7 @@ products, which is what bfloat16 arithmetic is fast at: once for each query's la
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from . import Context
 from .prefix import LEAN, Prefix
 
 BLOCK = 128  # queries that meet the keys in one product
+CAUSAL = "causal"  # name of the attention that `attend_causal` gives, as `transformers` knows it
 
 
 def _scores(
@@ -145,12 +146,36 @@ AttentionInterface.register(LEAN, lean_attention)
 AttentionMaskInterface.register(LEAN, sdpa_mask)
 
 
-@contextmanager
-def attend_lean(model: PreTrainedModel) -> Iterator[None]:
+# Of whole windows, without a mask: there is none for this name, and `transformers` under `torch.compile` would otherwise write one
+# out, which keeps PyTorch from its fast kernels.
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+def attend_lean(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model attend with `lean_attention`, if it goes by PyTorch's fused attention otherwise."""
+    return _attend(model, LEAN)
+
+
+def attend_causal(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let a model attend with PyTorch's fused attention and without a mask: to whole windows, padded on the right if at all.
+
+    A model that sees less than all earlier tokens in some layer attends as in `attend_lean`.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    return _attend(model, CAUSAL if kinds == {"full_attention"} and _window(model) is None else LEAN)
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Tokens that layers look back on, in architectures that say so for all layers together."""
+    config = model.config
+    return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+
+
+@contextmanager
+def _attend(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     if before == "sdpa":
-        model.config._attn_implementation = LEAN
+        model.config._attn_implementation = name
     try:
         yield
     finally:

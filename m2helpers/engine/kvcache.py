@@ -74,6 +74,24 @@ class _RoomyLayer(DynamicLayer):
         self._show(filled)
 
 
+class _PlacedLayer(DynamicLayer):
+    """One layer's keys and values in a room that stays, (rows, heads, room, dimension): new tokens go to places of their row."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.places, self.is_initialized = keys, values, places, True
+        self.rows = torch.arange(len(places), device=places.device)[:, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each (rows, key-value heads, new tokens, head dimension) → the whole room; a mask says what of it is read."""
+        assert self.keys is not None and self.values is not None
+        self.keys[self.rows, :, self.places] = key_states.transpose(1, 2)
+        self.values[self.rows, :, self.places] = value_states.transpose(1, 2)
+        return self.keys, self.values
+
+
 def _room(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     """Rows of several tensors, one after the other, with room for `length` tokens each."""
     _, heads, filled, dim = parts[0].shape
@@ -86,6 +104,18 @@ def make_cache(config: PreTrainedConfig, kept_as: torch.dtype | None = None) -> 
     """An empty cache; layers with a sliding window keep the one `transformers` gives them."""
     cache = DynamicCache(config=config)
     cache.layers = [_RoomyLayer(kept_as) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def placed_cache(
+    config: PreTrainedConfig, rooms: Sequence[tuple[torch.Tensor, torch.Tensor]], places: torch.Tensor
+) -> Cache:
+    """A cache over rooms for keys and values of each layer, (rows, heads, room, dimension) each, that never moves.
+
+    `places` int64 (rows, new tokens) say where in its room each row's next tokens go; they are changed in place.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [_PlacedLayer(*room, places) for room in rooms]
     return cache
 
 

@@ -13,18 +13,10 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from ..data import Dataset
@@ -35,16 +27,18 @@ from ..flops.architecture import QWEN_05B
 from ..flops.costs import UNADAPTED, Adaptation, forward_cost
 from ..forecasting import generate
 from ..ledger import Ledger
-from ..models import Base, add_head_bias, choose_device, embedded_tokenizer, has_bfloat16, load_base
+from ..models import Base, add_head_bias, choose_device, embedded_tokenizer, load_base
 from ..settings import EMBEDDED, TrainSettings
-from ..text import Codec, fit_scale, tokenise
+from ..text import Codec, fit_scale
 from ..training import Training
 from .contention import compare_waiting
+from .rivals import compare_decoding, compare_training, generate_greedily, trainer_steps
 from .sampling import compare_sampling
-from .timing import Row, Run, machine, profile, rows_of, take_turns, timed, wait
+from .timing import Row, Run, machine, other_load, profile, rows_of, take_turns, timed, wait
 
 ROUNDS = 3  # turns of each side
 STEPS, STEPS_EMBEDDED = 2, 20  # timed in a turn, after one to warm up
+STEPS_GPU, WARM_GPU = 20, 4  # there one step compiles, one is recorded as CUDA graphs, and two more may be
 SETTINGS = TrainSettings(lora_r=8, batch_size=4, max_length=512)
 ALTERNATIVE, FULL, NUMERIC = "peft + Trainer", "full vocabulary", "numeric head"
 PROMPT = 16  # new tokens a row from which on a forward pass reads a prompt; decoding reads one or two
@@ -73,9 +67,9 @@ def random_qwen() -> Qwen2ForCausalLM:
     """Qwen2.5-0.5B at its true size, with random weights in bfloat16: about 1 GB."""
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).bfloat16()
-    model.to_empty(device="cpu")
+    model.to_empty(device=choose_device())
     model.tie_weights()
-    model.model.rotary_emb = Qwen2RotaryEmbedding(model.config)  # computed, not a weight
+    model.model.rotary_emb = Qwen2RotaryEmbedding(model.config).to(model.device)  # computed, not a weight
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -84,9 +78,7 @@ def random_qwen() -> Qwen2ForCausalLM:
 
 
 def _full_size() -> Base:
-    model = add_head_bias(random_qwen())
-    model.to(choose_device())  # type: ignore[arg-type]  # a decorator of transformers hides what `to` takes
-    return Base(model, embedded_tokenizer(), "random weights", "")
+    return Base(add_head_bias(random_qwen()), embedded_tokenizer(), "random weights", "")
 
 
 # ---------------------------------------------------------------- training
@@ -112,7 +104,7 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) ->
         return work
 
     sides: dict[str, Run] = {
-        ALTERNATIVE: lambda: _trainer_steps(make(), codec, dataset, steps),
+        ALTERNATIVE: lambda: trainer_steps(make(), codec, dataset, replace(SETTINGS, max_steps=1 + steps))[1:],
         FULL: lambda: _our_steps(ours(SETTINGS), steps),
         NUMERIC: lambda: _our_steps(ours(numeric), steps),
     }
@@ -126,49 +118,17 @@ def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) ->
 
 
 def _our_steps(work: Training, steps: int) -> list[float]:
-    return [timed(work.step) for _ in range(1 + steps)][1:]
+    warm = WARM_GPU if work.fixed else 1
+    return [timed(work.step) for _ in range(warm + steps)][warm:]
 
 
-def _trainer_steps(base: Base, codec: Codec, dataset: Dataset, steps: int) -> list[float]:
-    """The same windows and precision by `peft` and `transformers.Trainer`; its head has no bias to train."""
-    series = tokenise([codec.encode(values) for values in dataset.part("train")], base.tokenizer)
-    windows = [ids[: SETTINGS.max_length].tolist() for ids in series]
-    windows = [{"input_ids": ids, "labels": ids} for ids in windows if len(ids) == SETTINGS.max_length]
-    adapter = LoraConfig(
-        r=SETTINGS.lora_r,
-        lora_alpha=int(SETTINGS.lora_alpha),
-        lora_dropout=SETTINGS.lora_dropout,
-        target_modules=list(SETTINGS.target_modules),
-    )
-    clock = _StepClock()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=SETTINGS.batch_size,
-            max_steps=1 + steps,
-            use_cpu=base.model.device.type == "cpu",
-            bf16=has_bfloat16(base.model.device.type),
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
-        model = get_peft_model(base.model, adapter)
-        Trainer(model, arguments, train_dataset=windows, callbacks=[clock]).train()
-    return clock.seconds[1:]
-
-
-class _StepClock(TrainerCallback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        wait()
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        wait()
-        self.seconds.append(time.perf_counter() - self.started)
+def train_rivals(dataset: Dataset, _: Ledger) -> Measured:
+    """A training step of Qwen2.5-0.5B at its true size, rank 8 on q and v, bfloat16 weights, beside other packages."""
+    gpu, rows = choose_device() == "cuda", list[Row]()
+    how = dict(rounds=ROUNDS, steps=STEPS_GPU, warm=WARM_GPU) if gpu else dict(rounds=1, steps=STEPS, warm=1)
+    for batch_size in (4, 32) if gpu else (4,):
+        rows += compare_training(_full_size, dataset, replace(SETTINGS, batch_size=batch_size), **how)
+    return {"rows": rows}
 
 
 # ---------------------------------------------------------------- decoding
@@ -216,7 +176,7 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
                 if ours:
                     written = generate(base, codec, contexts, 6, 2, batch_size=n, constrained=True, ledger=ledger)
                 else:
-                    _generate(base, contexts, longest)
+                    generate_greedily(base, contexts, longest)
                 ended = time.perf_counter()
             longest = max(len(g.text) for g in written)
             whole[name].append(ended - started)
@@ -227,13 +187,12 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
     return rows
 
 
-def _generate(base: Base, contexts: list[str], new_tokens: int) -> None:
-    """Greedy decoding by `transformers`, with its own cache, for as many tokens as the longest forecast has."""
-    base.tokenizer.padding_side = "left"
-    batch = base.tokenizer(contexts, return_tensors="pt", padding=True).to(base.model.device)
-    how = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=base.pad_id)
-    with torch.inference_mode():
-        base.model.generate(**batch, **how)  # type: ignore[operator]  # a causal model has it, not every PreTrainedModel
+def decode_rivals(dataset: Dataset, ledger: Ledger) -> Measured:
+    """P5 forecasts at S = 512 in one batch, bfloat16, beside `generate` with a static cache and compiled on a GPU."""
+    how = dict(rounds=ROUNDS, warm=WARM_GPU if choose_device() == "cuda" else 1)
+    full, embedded = _full_size(), load_base(EMBEDDED, dtype="bfloat16")
+    rows = compare_decoding(full, dataset, ledger, 20, work="Qwen2.5-0.5B's size, 20 windows", **how)
+    return {"rows": rows + compare_decoding(embedded, dataset, ledger, 100, work="embedded base, 100 windows", **how)}
 
 
 @contextmanager
@@ -326,6 +285,8 @@ BENCHMARKS: dict[str, Callable[[Dataset, Ledger], Measured]] = {
     "samples": sample_full_size,
     "samples-embedded": sample_embedded,
     "threads": waiting_threads,
+    "rivals": train_rivals,
+    "rivals-decode": decode_rivals,
 }
 
 
@@ -337,10 +298,11 @@ def run_benchmark(name: str, dataset: Dataset, record: Path) -> Entry:
     if name not in BENCHMARKS:
         raise UserError(f"bench {name!r}: choose from {', '.join(BENCHMARKS)}")
     kept = read_json(record) if record.is_file() else {}
+    beside = other_load()
     with tempfile.TemporaryDirectory() as folder:
         measured = BENCHMARKS[name](dataset, Ledger(Path(folder) / "ledger.sqlite"))
     about = (BENCHMARKS[name].__doc__ or "").strip()
-    entry: Entry = {"about": about, "machine": machine(), "date": str(date.today()), **measured}
+    entry: Entry = {"about": about, "machine": machine() + beside, "date": str(date.today()), **measured}
     kept[f"{name}-{choose_device()}".removesuffix("-cpu")] = entry  # a GPU's beside the CPU's, not in its place
     write_json(record, kept)
     return entry

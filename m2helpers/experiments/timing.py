@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import time
@@ -20,6 +21,17 @@ from ..models import choose_device
 
 class Row(TypedDict, total=False):
     """One side of a benchmark, as the record holds it."""
+
+    rows: int
+    """Of a batch."""
+    length: int
+    """Tokens a row."""
+    numeric: bool
+    """Whether only the characters of numeric text are scored."""
+    utilisation: float
+    """FLOPs a second of the matrix products that the work needs, over those of one large product (`matmul_peak`)."""
+    first_seconds: float
+    """The longest repetition of those that warm up: it compiles, if anything is compiled."""
 
     work: str
     context: int
@@ -113,6 +125,20 @@ def peak_memory(peaks: list[float]) -> Iterator[None]:
     elif status.exists():
         mark = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         peaks.append(int(mark.split()[1]) * 1024 / 1e9)
+
+
+def matmul_peak() -> float:
+    """FLOPs a second of one large product of matrices in bfloat16: what the machine can do, measured."""
+    device = choose_device()
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(5))
+
+
+def other_load() -> str:
+    """What a record says of programs beside the benchmark, from the load before it begins; nothing where it is alone."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f", beside other load ({load:.1f} running on average)" if load > 1 else ""
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from .account import (
     generation_flops,
     training_flops,
 )
-from .architecture import QWEN_05B, QWEN_15B
+from .architecture import QWEN_05B, QWEN_7B, QWEN_15B
 from .backward import lora_backward_flops, lora_backward_matmuls
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CONVENTIONS",
     "COST",
     "QWEN_05B",
+    "QWEN_7B",
     "QWEN_15B",
     "Account",
     "count_parameters",

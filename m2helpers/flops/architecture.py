@@ -36,6 +36,16 @@ QWEN_15B: dict[str, Any] = QWEN_05B | {
     "num_hidden_layers": 28,
     "num_attention_heads": 12,
 }
+# Qwen/Qwen2.5-7B-Instruct, from its config.json: what differs
+QWEN_7B: dict[str, Any] = QWEN_05B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 QWEN_05B_DTYPE = "bfloat16"  # of its published weights; not a size, so a model built from QWEN_05B is float32
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ..files import UserError
+from .account import forward_account
 from .architecture import Size, check_sizes, layer_matrices, lora_targets, other_architecture, within
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ def lora_backward_matmuls(
         x = linear(layer, "down_proj", gate or up) or x
     matmuls["lm_head"] = x * 2 * batch_size * positions * size.hidden * within("vocabulary", vocabulary, size.vocab)
     return {path: flops for path, flops in matmuls.items() if flops}
+
+
+def lora_step_flops(config: Config, batch_size: int, length: int, *, lora_r: int, **options: Unpack[_Options]) -> int:
+    """FLOPs of the matrix products that one LoRA training step needs, forward and backward (options as in `lora_backward_matmuls`)."""
+    forward = forward_account(config, batch_size, length, lora_r=lora_r, **options)
+    return sum(forward.matmuls.values()) + lora_backward_flops(config, batch_size, length, lora_r=lora_r, **options)
 
 
 def lora_backward_flops(

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Rules:
         self.bias = 0 if head.bias is None else head.bias[tokens]  # (characters,)
         self.allowed = torch.from_numpy(grammar.next >= 0).to(base.model.device)  # (states, characters)
 
-    def score(self, hidden: torch.Tensor, states: Sequence[int] | np.ndarray) -> torch.Tensor:
+    def score(self, hidden: torch.Tensor, states: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """(batch, hidden) → logits (batch, characters), minus infinity where a character may not stand."""
         logits = F.linear(hidden, self.weight).float() + self.bias
         return logits.masked_fill(~self.allowed[states], -torch.inf)
@@ -160,11 +161,20 @@ class Chooser:
 
 def check_finite(logits: torch.Tensor) -> None:
     """Refuse (`UserError`) a row (…, choices) whose largest is NaN or infinite."""
-    likeliest = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
-    if not logits.gather(-1, likeliest).isfinite().all():
-        raise UserError(
-            "the model's output is not a number: its weights are damaged or overflow; fetch or copy the model again"
-        )
+    if not finite(logits).all():
+        refuse_damaged()
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Whether the largest of each row (…, choices) is a finite number, (…,); NaN counts as the largest."""
+    return logits.gather(-1, logits.argmax(-1, keepdim=True)).isfinite()[..., 0]
+
+
+def refuse_damaged() -> NoReturn:
+    """Say that the model gave no number, and what to do (`UserError`)."""
+    raise UserError(
+        "the model's output is not a number: its weights are damaged or overflow; fetch or copy the model again"
+    )
 
 
 def draw(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base
 from ..settings import LoraSettings
 from ..text import Codec, Grammar, tokenise
+from .captured import can_capture, continue_captured
 from .decoding import Chooser, End, Rules, continue_prompts, uniform_numbers
 
 PATIENCE = 5.0  # seconds before a bar says how far it is
@@ -138,7 +139,8 @@ def generate(
             chooser = Chooser(temperature, uniform[rows])
             try:
                 with attend_lean(base.model):
-                    written, read = continue_prompts(
+                    write = continue_captured if can_capture(base) else continue_prompts
+                    written, read = write(
                         base, prompts, End(separator, n_steps, most), chooser, rules, begin, bar.update
                     )
             except BaseException:  # stopped, or out of memory: nobody knows how far it got

@@ -10,6 +10,7 @@ from .findings import markdown_header as markdown_header
 from .findings import seed_records as seed_records
 from .findings import seeds_table as seeds_table
 from .findings import sweeps_table as sweeps_table
+from .goals import goals_table as goals_table
 from .headline import headline_table as headline_table
 from .headline import pretraining_cost as pretraining_cost
 from .pages import all_pages as all_pages
@@ -21,6 +22,7 @@ from .pages import fill_blocks as fill_blocks
 from .pages import fill_pages as fill_pages
 from .pages import pretraining_summary as pretraining_summary
 from .pages import spending_table as spending_table
+from .prices import cost_blocks as cost_blocks
 from .tables import PUBLISHED as PUBLISHED
 from .tables import PUBLISHED_L20 as PUBLISHED_L20
 from .tables import PUBLISHED_L50 as PUBLISHED_L50

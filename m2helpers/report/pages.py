@@ -14,7 +14,9 @@ from ..flops.account import CAP
 from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .goals import goals_table
 from .headline import headline_table
+from .prices import cost_blocks
 from .terms import beside_the_law, duels_table, terms_table
 
 
@@ -64,6 +66,7 @@ def benchmarks_table() -> str:
         "work": "work", "context": "context (tokens)", "flops": "FLOPs", "side": "", "seconds": "seconds, median", "ratio": "times as fast",
         "seconds_after_prefill": "after the prefill", "ratio_after_prefill": "times as fast there",
         "peak_gb": "peak memory (GB)", "peak_ratio": "of the first row's",
+        "first_seconds": "longest to warm up", "utilisation": "of the peak",
         "mae": "P5 error", "mae_change": "change (%)",
     }  # fmt: skip
     parts = []
@@ -128,7 +131,9 @@ def classic_table() -> str:
 
 def blocks() -> dict[str, str]:
     """Every marked block by name."""
+    dataset = load_dataset()
     return {
+        **cost_blocks(dataset),
         "results": headline_table(),
         "terms": terms_table(),
         "duels": duels_table(),
@@ -143,9 +148,10 @@ def blocks() -> dict[str, str]:
         "spending": spending_table(),
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
+        "goals": goals_table(),
         "classic": classic_table(),
         "cluster": cluster_table(),
-        "data-statistics": statistics_table(load_dataset()),
+        "data-statistics": statistics_table(dataset),
     }
 
 

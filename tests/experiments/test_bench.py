@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m2helpers.cli.pages import Bench
-from m2helpers.experiments import bench
+from m2helpers.experiments import bench, timing
 from m2helpers.experiments.bench import BENCHMARKS, run_benchmark
 from m2helpers.files import UserError
 from m2helpers.ledger import Ledger
@@ -32,7 +32,7 @@ def quick(tiny_folder, monkeypatch, tmp_path):
     return tmp_path
 
 
-SLOW = ("train", "train-embedded", "decode-embedded", "samples", "samples-embedded")
+SLOW = ("train", "train-embedded", "decode-embedded", "samples", "samples-embedded", "rivals", "rivals-decode")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
@@ -58,15 +58,24 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         if name.startswith("train"):
             assert row["peak_gb"] > 0 and len(row["times"]) == 1
             assert (row["side"] == "peft + Trainer") == (place == 0)
-    assert len(entry["rows"]) == {"decode": 2, "samples": 2, "samples-embedded": 2, "context": 4, "threads": 4}.get(
-        name, 3
-    )
+        if name == "rivals":
+            assert (row["rows"], row["length"], row["numeric"]) == (4, 512, row["side"] == "numeric head")
+            assert row["peak_gb"] > 0 and row["utilisation"] > 0 and row["first_seconds"] > 0
+    sides = dict.fromkeys(("decode", "samples", "samples-embedded"), 2) | {"context": 4, "threads": 4}
+    assert len(entry["rows"]) == (sides | {"rivals": 5, "rivals-decode": 6}).get(name, 3)
     assert not Ledger(quick / "ledger.sqlite").entries()
 
 
 def test_the_command_offers_every_benchmark():
     """Its names stand there once more, so that help need not load the benchmarks."""
     assert set(get_args(get_type_hints(Bench)["name"])) == {*BENCHMARKS, "classic"}
+
+
+def test_a_record_says_so_when_other_programs_ran_beside(quick, long_data, monkeypatch):
+    for load, told in ((0.4, False), (3.21, True)):
+        monkeypatch.setattr(timing.os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
+        machine = run_benchmark("threads", long_data, quick / "b.json")["machine"]
+        assert machine.endswith(", beside other load (3.2 running on average)") == told
 
 
 def test_another_name_is_refused(long_data, tmp_path):
