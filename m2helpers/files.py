@@ -49,6 +49,31 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another file, or mend that") from None
 
 
+def check_folder_writable(folder: str | os.PathLike) -> None:
+    """Refuse a folder in which no file could be made, before work begins that would be lost. Nothing is left behind.
+
+    Raises
+    ------
+    UserError
+        If it is no folder, or there is no right or no room to write into it.
+    """
+    folder = Path(folder)
+    try:
+        place = Path(os.path.realpath(folder))
+        if not (exists := place.exists()):
+            place = next(parent for parent in place.parents if parent.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{'it' if exists else place} is a file")
+        if exists:
+            _new_file_mode(place, "probe")
+        else:  # where folders can be made, so can files: /proc takes neither
+            Path(tempfile.mkdtemp(dir=place)).rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written into ({error.strerror}); give another folder, or mend that"
+        ) from None
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path; on success flush what was written there to disk and put it in place, else delete it.

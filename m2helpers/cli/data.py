@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..files import UserError, check_writable, write_json, write_text
+from ..files import UserError, check_folder_writable, check_writable, write_json, write_text
 from ..paths import DATA_FILE
 from .options import DataFile, File, Flag, Folder
 
@@ -57,6 +57,7 @@ class Encode:
     data: DataFile = DATA_FILE
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..data import load_dataset
         from ..text import Codec, fit_scale
 
