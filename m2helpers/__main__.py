@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from . import __version__
 from .cli.parser import Command, help_text, parse
 from .files import UserError
+
+_LONGEST = 1000  # characters of a message: a cell may be as long as a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +36,11 @@ def _run(name: str, command: Command) -> int:
     """Run a command, its failures and warnings one line each; return the exit status."""
 
     def tell(message: object) -> None:
-        print(f"m2helpers {name}: {message}", file=sys.stderr)
+        print(f"m2helpers {name}: {_one_line(message)}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of numbers that are then refused or counted
             warnings.showwarning = lambda message, *_: tell(message)
             command()
         sys.stdout.flush()
@@ -52,10 +56,31 @@ def _run(name: str, command: Command) -> int:
         else:
             tell(f"{error}; check the disk")
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        tell(
+            "not enough memory; close other programs, or give it less: fewer rows, samples or tokens, or a smaller base"
+        )
+        return 1
     except KeyboardInterrupt:
         tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, or PyTorch's: of a GPU it has a kind, of the CPU only words."""
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _one_line(message: object) -> str:
+    """A message as one line that any terminal can show: a file's names and cells may hold what steers one."""
+    text = re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

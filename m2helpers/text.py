@@ -63,10 +63,10 @@ class Codec:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise UserError(f"scale {self.scale} is not a positive number; fit it with fit_scale(training values)")
-        if self.precision < 0 or self.max_integer_digits < 1:
+        if not (0 <= self.precision <= 17 and 1 <= self.max_integer_digits <= 308):
             raise UserError(
                 f"precision {self.precision} with {self.max_integer_digits} integer digits: "
-                "precision must be at least 0 and integer digits at least 1"
+                "precision must be from 0 to 17 and integer digits from 1 to 308"
             )
         separators = (self.variable_separator, self.step_separator)
         if len(set(separators)) < 2 or any(len(s) != 1 or s in "0123456789.-" for s in separators):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..files import UserError, check_folder_writable, check_writable, write_json, write_text
+from ..files import UserError, check_folder_writable, check_memory, check_writable, write_json, write_text
 from ..paths import DATA_FILE
 from .options import DataFile, File, Flag, Folder
 
@@ -41,6 +41,7 @@ class Simulate:
             classic=self.classic,
             seed=shipped.seed if self.seed is None else self.seed,
         )
+        check_memory(f"--systems {settings.systems:,}", settings.systems * settings.steps * 100, "give fewer")
         time, trajectories, _ = simulate(settings)
         write_dataset(self.out, time, trajectories, settings)
         print(f"{self.out}: {len(trajectories):,} systems of {len(time)} steps")

@@ -202,11 +202,11 @@ def _owner() -> str:
 
 def _alive(owner: str) -> bool:
     """Whether a process still runs. One of another host may: its reservation stays, and counts in full as well."""
-    host, pid, started, *_ = owner.split()
-    if host != socket.gethostname():
-        return True
     try:
+        host, pid, started, *_ = owner.split()
+        if host != socket.gethostname():
+            return True
         process = psutil.Process(int(pid))
         return abs(process.create_time() - float(started)) < 2 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # no number that a process has
         return False
