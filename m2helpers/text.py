@@ -47,6 +47,14 @@ class Codec:
     UserError
         If the scale is not positive and finite, the precision or the digit limit is out of range, or a separator
         is not one character, or is one that numbers use.
+
+    Examples
+    --------
+    >>> codec = m2helpers.Codec(scale=2.0)
+    >>> codec.encode([[1.0, 0.125], [1.5, 0.25]])
+    '2.00,0.25;3.00,0.50;'
+    >>> codec.decode("2.00,0.25;3.00,0.", n_variables=2).values
+    array([[1.   , 0.125]])
     """
 
     scale: float
@@ -161,6 +169,11 @@ def fit_scale(values: np.ndarray) -> float:
     ------
     UserError
         If that percentile is not positive, so that no scale exists.
+
+    Examples
+    --------
+    >>> m2helpers.fit_scale([4.0] * 100)
+    2.5
     """
     top = float(np.percentile(np.abs(values), SCALE_PERCENTILE))
     if not (np.isfinite(top) and top > 0):

@@ -10,6 +10,7 @@ Needs `uv` (pip install uv) and a package index; nothing is installed.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ HEAD = """\
 
 def _resolve(*flags: str) -> subprocess.CompletedProcess[str]:
     command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", *flags, "requirements.txt"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"}  # the oldest that PyTorch serves
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def write(upgrade: bool) -> int:
