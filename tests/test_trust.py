@@ -21,7 +21,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 @pytest.mark.slow
 def test_inputs_that_nobody_checked_end_in_a_result_or_in_one_line():
     """In a process of its own: it limits its memory, and watches what Python does."""
-    command = [sys.executable, "-m", "tests.campaigns.fuzz", "150", "--seed", "1", "--here"]
+    command = [sys.executable, "-m", "tests.campaigns.fuzz", "150", "--seed", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -31,7 +31,7 @@ def test_inputs_that_nobody_checked_end_in_a_result_or_in_one_line():
         "refused",
         "usage",
     }
-    assert sum(ended["csv"].values()) == 45 and ended["csv"]["done"] and ended["csv"]["refused"]
+    assert sum(ended["csv"].values()) == 33 and ended["csv"]["done"] and ended["csv"]["refused"]
 
 
 @linux

@@ -70,7 +70,7 @@ class SqliteStore:
                 return answer
         except sqlite3.OperationalError as error:  # locked, read-only, deleted, disk full
             raise self._unwritable(error) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of text that is none
             raise UserError(
                 f"{self.path}: damaged, or not a ledger ({error}); move it away, or set M2_LEDGER to another file"
             ) from None

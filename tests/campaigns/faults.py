@@ -366,7 +366,10 @@ class Campaign:
             if code == 1 and "holds a finished run" in said:
                 code = 0  # it came after the last file was written
             assert code == 0, f"{self.name}, again after {fault}: {said[-1500:]}"
-        assert _result(place) == self.expected, f"{self.name}, {fault}: other bytes than when left alone"
+        found = _result(place)
+        other = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
+        shown = [(name, str(found.get(name))[-300:], str(self.expected.get(name))[-300:]) for name in other]
+        assert not other, f"{self.name}, {fault}: other bytes than when left alone: {shown}"
         if where is None:
             shutil.rmtree(place.parent)
 

@@ -16,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,17 +39,8 @@ from tests.campaigns import inputs
 from tests.campaigns.inputs import Case
 
 SHARES = {
-    "csv": 0.3,
-    "parquet": 0.1,
-    "hdf5": 0.12,
-    "jsonl": 0.1,
-    "adapter": 0.08,
-    "model": 0.08,
-    "run": 0.06,
-    "resume": 0.04,
-    "ledger": 0.06,
-    "command": 0.06,
-}
+    "hdf5": 0.08, "ledger": 0.06, "resume": 0.05, "adapter": 0.12, "model": 0.1, "run": 0.08, "jsonl": 0.15, "parquet": 0.1, "command": 0.04, "csv": 0.22,
+}  # fmt: skip
 SECONDS, MEMORY = 60, 4 << 30
 FORBIDDEN = (
     "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn",
@@ -137,7 +127,10 @@ def attempt(case: Case, folder: Path, guard: Guard) -> str:
         )
         assert not left, f"{words}: failed and left {left}"
         return "usage" if status == 2 else "refused"
-    check(case, folder)
+    try:
+        check(case, folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AssertionError(f"{words}: {error!r} in its result") from None
     return "done"
 
 
@@ -186,7 +179,7 @@ def check(case: Case, folder: Path) -> None:
             assert len(frame) == case.expected and np.isfinite(numbers).all() and {"a", "b"} <= set(frame), (
                 frame.to_string()
             )
-    elif command == "encode":
+    elif command == "encode" and "text/train.txt" in written:
         about = json.loads((folder / "text" / "settings.json").read_text())
         for split in ("train", "validation", "test"):
             lines = (folder / "text" / f"{split}.txt").read_text().splitlines()
@@ -197,7 +190,7 @@ def check(case: Case, folder: Path) -> None:
         assert report["spent"] == sum(entry["flops"] for entry in report["entries"]) >= 0
         assert all(isinstance(entry["flops"], int) and entry["flops"] >= 0 for entry in report["entries"])
     elif command == "export":
-        assert (folder / "plain" / "model.safetensors").is_file()
+        assert any((folder / name / "model.safetensors").is_file() for name in ("plain", "new")), "nothing exported"
 
 
 # ---------------------------------------------------------------- what is read with
@@ -386,8 +379,9 @@ def run(
                 try:
                     counts[attempt(case, place, guard)] += 1  # noqa: B023
                 except AssertionError as error:  # one of each kind is shown at the end
-                    kind = re.sub(r"\d+|'[^']*'", "", str(error).strip().splitlines()[-1])[:150]
+                    kind = re.sub(r"\d+|'[^']*'", "", (str(error).strip() or "no word").splitlines()[-1])[:150]
                     counts["failed"] += 1  # noqa: B023
+                    note(f"{reader}: {kind}") if kind not in failures else None  # noqa: B023
                     failures.setdefault(kind, f"{error}\n    {case!r:.3000}")
 
             with bench.small(reader):
@@ -401,38 +395,17 @@ def run(
 
 
 def main() -> int:
-    """Run it in a process of its own for each reader, and record what came of it."""
+    """Run it, and record what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", nargs="?", type=int, default=10_000)
-    parser.add_argument("--only", choices=SHARES)
+    parser.add_argument("--only", choices=SHARES, nargs="+")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--here", action="store_true", help="in this process, one after the other, as JSON")
     given_ = parser.parse_args()
-    shares = {given_.only: 1.0} if given_.only else SHARES
+    shares = {reader: SHARES[reader] for reader in given_.only or SHARES}
     counts = {reader: round(given_.count * share) for reader, share in shares.items()}
-    if given_.here:
-        print(json.dumps(run(counts, given_.seed, lambda text: print(text, file=sys.stderr, flush=True))))
-        return 0
-    ended: dict[str, dict[str, int]] = {}
-    for reader, count in counts.items():
-        words = [
-            sys.executable,
-            "-m",
-            "tests.campaigns.fuzz",
-            str(count),
-            "--only",
-            reader,
-            "--seed",
-            str(given_.seed),
-            "--here",
-        ]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            print(f"{reader}: ended with {done.returncode}", file=sys.stderr)
-            return 1
-        ended |= json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps(ended, indent=1))
+    ended = run(counts, given_.seed, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(ended))
     if given_.record:
         from tests.campaigns.record import record
 
