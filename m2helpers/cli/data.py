@@ -64,8 +64,9 @@ class Encode:
 
         dataset = load_dataset(self.data)
         codec = Codec(fit_scale(dataset.part("train")), self.precision)
-        for split in ("train", "validation", "test"):
-            lines = [codec.encode(values) + "\n" for values in dataset.part(split)]
+        splits = ("train", "validation", "test")
+        texts = {split: [codec.encode(values) + "\n" for values in dataset.part(split)] for split in splits}
+        for split, lines in texts.items():  # all or none: a value may be too large to be written
             write_text(self.output_dir / f"{split}.txt", "".join(lines))
             print(f"{self.output_dir / split}.txt: {len(lines)} series")
         about = {"scale": codec.scale, "precision": codec.precision, "data_sha256": dataset.sha256}

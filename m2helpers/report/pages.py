@@ -16,6 +16,7 @@ from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
 from .headline import headline_table
 from .terms import beside_the_law, duels_table, terms_table
+from .trust import trust_table
 
 
 def pretraining_summary(base: str = "embedded") -> str:
@@ -131,6 +132,7 @@ def blocks() -> dict[str, str]:
         "costs": costs_table(),
         "benchmarks": benchmarks_table(),
         "classic": classic_table(),
+        "trust": trust_table(),
         "data-statistics": statistics_table(load_dataset()),
     }
 
