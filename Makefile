@@ -88,9 +88,9 @@ clean:
 	     '(Debian and Ubuntu: apt-get install python3-venv) or name it: make PYTHON=/path/to/python3.12' >&2; exit 1
 
 # A server started from .venv imports the package first, which says how threads wait; its kernels take that over.
-$(READY): requirements.txt pyproject.toml | .venv/bin/pip
+$(READY): requirements.txt constraints.txt pyproject.toml | .venv/bin/pip
 	@echo 'Installing the requirements into .venv (the first time takes some minutes)'
-	@$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r requirements.txt
+	@$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c constraints.txt -r requirements.txt
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@$(PY) -m ipykernel install --sys-prefix --name m2helpers --display-name "Python 3 (m2helpers)" >/dev/null
 	@mkdir -p .venv/etc/jupyter && echo 'import m2helpers' > .venv/etc/jupyter/jupyter_server_config.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from .files import UserError
 
 SHARED = ("train", "pretrain", "instruct")
 """The commands that several processes may share (`engine.processes`)."""
+_LONGEST = 1000  # characters of a message: a cell may be as long as a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +38,11 @@ def _run(name: str, command: Command) -> int:
     """Run a command, its failures and warnings one line each; return the exit status."""
 
     def tell(message: object) -> None:
-        print(f"m2helpers {name}: {message}", file=sys.stderr)
+        print(f"m2helpers {name}: {_one_line(message)}", file=sys.stderr)
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of numbers that are then refused or counted
             warnings.showwarning = lambda message, *_: tell(message)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 _share(name, command)
@@ -58,6 +61,13 @@ def _run(name: str, command: Command) -> int:
         else:
             tell(f"{error}; check the disk")
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        tell(
+            "not enough memory; close other programs, or give it less: fewer rows, samples or tokens, or a smaller base"
+        )
+        return 1
     except KeyboardInterrupt:
         tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
@@ -75,6 +85,20 @@ def _share(name: str, command: Command) -> None:
 
     with joined(choose_device()):
         command()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, or PyTorch's: of a GPU it has a kind, of the CPU only words."""
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _one_line(message: object) -> str:
+    """A message as one line that any terminal can show: a file's names and cells may hold what steers one."""
+    text = re.sub(r"\s*[\r\n]+\s*", " ", str(message).strip())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

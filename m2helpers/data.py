@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from .files import UserError
+from .files import UserError, check_memory
 from .paths import DATA_FILE
 
 VARIABLES = ("prey", "predator")
@@ -28,6 +28,7 @@ COURSE_STATISTICS = pd.DataFrame(
 COURSE_P997, COURSE_P997_TRAIN, COURSE_FADING = 7.93, 8.214, 0.02
 FADING_BELOW = 0.02  # a predator that ends below this is counted as dying out
 
+_SPARSE = 1 << 28  # bytes of an array from which on a small file is no honest one
 _MINIMUM_TRAJECTORIES = 10  # with fewer, an 80 / 10 / 10 split leaves a part empty
 
 
@@ -111,6 +112,8 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 def read_array(file: h5py.File, path: Path, name: str, rank: int, layout: str) -> np.ndarray:
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise UserError(f"{path}: /{name} lies in another file; write its values into this one")
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: has no dataset /{name}, only {sorted(file, key=str)}; add it as {layout}")
@@ -118,6 +121,14 @@ def read_array(file: h5py.File, path: Path, name: str, rank: int, layout: str) -
         raise UserError(f"{path}: /{name} has shape {dataset.shape}; it must have rank {rank}, {layout}")
     if dataset.dtype.kind not in "fiu":
         raise UserError(f"{path}: /{name} holds {dataset.dtype}; it must hold real numbers")
+    size, stored = dataset.size * max(8, dataset.dtype.itemsize), path.stat().st_size
+    if size > _SPARSE and size > 2000 * stored:  # nothing packs numbers that well: none were ever written
+        raise UserError(
+            f"{path}: /{name} says it holds {size / 1e9:,.1f} GB, and the file {stored / 1e6:.1f} MB; it is damaged"
+        )
+    check_memory(f"{path}: /{name}", 3 * size, "give fewer series")
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: /{name} lies in another file; write its values into this one")
     return dataset[()]
 
 

@@ -12,11 +12,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from gzip import GzipFile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 from safetensors import SafetensorError
 
+LARGEST = 1 << 28  # bytes that are read of a file of text, packed or not
 _BLOCK = 4096  # bytes: what a probe writes, for a full disk still makes empty files
 
 
@@ -47,6 +50,31 @@ def check_writable(path: str | os.PathLike) -> None:
             _new_file_mode(next(folder for folder in target.parents if folder.exists()), target.name)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another file, or mend that") from None
+
+
+def check_folder_writable(folder: str | os.PathLike) -> None:
+    """Refuse a folder in which no file could be made, before work begins that would be lost. Nothing is left behind.
+
+    Raises
+    ------
+    UserError
+        If it is no folder, or there is no right or no room to write into it.
+    """
+    folder = Path(folder)
+    try:
+        place = Path(os.path.realpath(folder))
+        if not (exists := place.exists()):
+            place = next(parent for parent in place.parents if parent.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{'it' if exists else place} is a file")
+        if exists:
+            _new_file_mode(place, "probe")
+        else:  # where folders can be made, so can files: /proc takes neither
+            Path(tempfile.mkdtemp(dir=place)).rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written into ({error.strerror}); give another folder, or mend that"
+        ) from None
 
 
 @contextmanager
@@ -177,6 +205,32 @@ def _send(source: Path, path: Path, descriptor: int | None) -> None:
 # ---------------------------------------------------------------- reading
 
 
+def read_at_most(path: str | os.PathLike, stream: IO[bytes] | GzipFile | None = None) -> bytes:
+    """All of a file, or of a stream of it unpacked: never more than `LARGEST`, for a few bytes can unpack to a full disk.
+
+    Raises
+    ------
+    UserError
+        If there is more.
+    OSError
+        If it cannot be read.
+    """
+    if stream is None:
+        with open(path, "rb") as opened:
+            return read_at_most(path, opened)
+    data = stream.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise UserError(f"{path}: holds more than {LARGEST >> 20} MiB; give a smaller file")
+    return data
+
+
+def check_memory(what: object, needed: int, remedy: str) -> None:
+    """Refuse work that needs more bytes of memory than are free (`UserError`)."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(f"{what}: needs {needed / 1e9:,.1f} GB of memory and {free / 1e9:.1f} GB are free; {remedy}")
+
+
 def read_json(path: str | os.PathLike) -> Any:  # what is in it is for the reader to know, and to check
     """Read a JSON file.
 
@@ -186,9 +240,15 @@ def read_json(path: str | os.PathLike) -> Any:  # what is in it is for the reade
         If the file is missing, cannot be read or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device")
+        return json.loads(read_at_most(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested without end); restore it") from None
+    except UserError:
+        raise
     except ValueError as error:  # not JSON, or not even text
         raise UserError(
             f"{path}: not valid JSON ({error}); restore it or run the command that wrote it again"

@@ -233,6 +233,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_sha256: str | None =
             f"{folder}: this adapter was trained on base {made_for[:12]}…, not on the one loaded ({base_sha256[:12]}…); "
             f"load {_read_config(folder)['base_model_name_or_path']!r} as it was then"
         )
+    _check_rank(path, settings.lora_r)  # before memory is taken for it
     settings = replace(settings, target_modules=_short_names(model, settings.target_modules, folder))
     try:
         apply_lora(model, settings)
@@ -267,8 +268,21 @@ def adapter_settings(folder: Path) -> LoraSettings:
     try:
         rank, alpha, dropout, targets = (config[option] for option in _SETTINGS)
         return LoraSettings(int(rank), float(alpha), float(dropout), tuple(sorted(targets)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a LoRA adapter's settings ({error}); train or copy the run again") from None
+
+
+def _check_rank(path: Path, rank: int) -> None:
+    """Refuse weights of another rank than their config's (`UserError`)."""
+    with safe_open(path, framework="pt") as stream:
+        shapes = {name: stream.get_slice(name).get_shape() for name in stream.keys() if ".lora_A." in name}  # noqa: SIM118
+    for name, shape in shapes.items():
+        if shape[:1] != [rank]:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(shape)}, and {ADAPTER_CONFIG} says r {rank}; train or copy the run again"
+            )
+    if rank > 0 and not shapes:
+        raise UserError(f"{path}: holds no update of rank {rank}; train or copy the run again")
 
 
 def _short_names(model: nn.Module, targets: Sequence[str], folder: Path) -> tuple[str, ...]:

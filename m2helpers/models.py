@@ -35,6 +35,7 @@ from .engine.modelfiles import (
     ADAPTER_CONFIG,
     check_causal,
     check_kind,
+    check_sizes,
     check_weights,
     one_line,
     read_config,
@@ -124,6 +125,7 @@ def load_base(
     try:
         config = read_config(name, folder)
         check_causal(name, config)
+        check_sizes(name, config, stored)
         needed = stored * precision.itemsize // getattr(config.dtype, "itemsize", 4)
         _check_memory(name, needed, device)
         model = _read_weights(folder, config, precision, device, quantised)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .data import Dataset
-from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_files
 from .engine.processes import by_first
 from .engine.resume import delete_state, has_state
 from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json, write_text
@@ -107,13 +107,34 @@ def load_run(folder: Path, *, merged: bool = True) -> Run:
         raise UserError(f"{folder}: this run is not finished; go on with the command that began it, and --resume")
     if not (folder / HISTORY_NAME).exists():
         raise UserError(f"{folder}: this run was stopped before its first save; train it again")
+    codec, settings = _recorded(folder, config)
+    check_files(str(folder), folder)
     base = load_base(config["base"])
     load_adapter(base.model, folder, base.sha256)
     if merged:
         merge(base.model)
     base.model.eval()
     base = replace(base, run=folder.resolve().name, stage=config["stage"], settings_sha256=config["settings_sha256"])
-    return Run(base, Codec(**config["codec"]), settings_of(config), config)
+    return Run(base, codec, settings, config)
+
+
+def _recorded(folder: Path, config: RunConfig) -> tuple[Codec, TrainSettings]:
+    """A run's codec and settings, once its record is known to be one (`UserError`)."""
+    try:
+        texts = [
+            config["base"],
+            config["stage"],
+            config["settings_sha256"],
+            config["data_sha256"],
+            config["base_sha256"],
+        ]
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise TypeError("a name that is no text")
+        return Codec(**config["codec"]), settings_of(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: not a run's record ({error}); restore it, or train the run again"
+        ) from None
 
 
 def read_config(folder: Path) -> RunConfig | None:
@@ -246,8 +267,11 @@ def check_folder(folder: Path | None, config: RunConfig, resume: bool) -> None:
     if resume:
         if not has_state(folder):
             raise UserError(f"{folder}: nothing to resume (no saved state); leave --resume out to start the run")
+        check_files(str(folder), folder)
         before = read_config(folder)
-        if before is None:
+        if before:
+            _recorded(folder, before)
+        else:
             raise UserError(f"{folder}: its {CONFIG_NAME} is missing or not a run's; restore it, or delete the folder")
         if before["settings_sha256"] != config["settings_sha256"]:
             changed = _all_changes(before, config)

@@ -47,6 +47,14 @@ class Codec:
     UserError
         If the scale is not positive and finite, the precision or the digit limit is out of range, or a separator
         is not one character, or is one that numbers use.
+
+    Examples
+    --------
+    >>> codec = m2helpers.Codec(scale=2.0)
+    >>> codec.encode([[1.0, 0.125], [1.5, 0.25]])
+    '2.00,0.25;3.00,0.50;'
+    >>> codec.decode("2.00,0.25;3.00,0.", n_variables=2).values
+    array([[1.   , 0.125]])
     """
 
     scale: float
@@ -63,10 +71,10 @@ class Codec:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise UserError(f"scale {self.scale} is not a positive number; fit it with fit_scale(training values)")
-        if self.precision < 0 or self.max_integer_digits < 1:
+        if not (0 <= self.precision <= 17 and 1 <= self.max_integer_digits <= 308):
             raise UserError(
                 f"precision {self.precision} with {self.max_integer_digits} integer digits: "
-                "precision must be at least 0 and integer digits at least 1"
+                "precision must be from 0 to 17 and integer digits from 1 to 308"
             )
         separators = (self.variable_separator, self.step_separator)
         if len(set(separators)) < 2 or any(len(s) != 1 or s in "0123456789.-" for s in separators):
@@ -161,6 +169,11 @@ def fit_scale(values: np.ndarray) -> float:
     ------
     UserError
         If that percentile is not positive, so that no scale exists.
+
+    Examples
+    --------
+    >>> m2helpers.fit_scale([4.0] * 100)
+    2.5
     """
     top = float(np.percentile(np.abs(values), SCALE_PERCENTILE))
     if not (np.isfinite(top) and top > 0):

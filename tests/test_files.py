@@ -18,6 +18,7 @@ from m2helpers.files import (
     apply_umask,
     atomic_folder,
     atomic_path,
+    check_folder_writable,
     check_writable,
     read_json,
     sha256_file,
@@ -240,6 +241,22 @@ def test_a_check_leaves_nothing_behind(tmp_path):
 
 
 # ---------------------------------------------------------------- folders
+
+
+def test_a_folder_that_takes_no_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "link").symlink_to("old")
+    refused = {tmp_path / "file": "it is a file", tmp_path / "file" / "deep" / "run": "file is a file"}
+    if sys.platform.startswith("linux"):
+        refused |= {"/proc/self": "cannot be written into", "/proc/m2helpers/run": "cannot be written into"}
+    for folder, said in refused.items():
+        with pytest.raises(UserError, match=said) as error:
+            check_folder_writable(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    for name in ("old", "link", "new", "new/deep"):
+        check_folder_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "old"]
 
 
 def test_a_folder_is_there_whole_or_not_at_all(umask, tmp_path):

@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 
-from m2helpers.files import UserError, read_json, write_json, write_text
+from m2helpers.files import UserError, check_folder_writable, read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COSTS = ROOT / "docs" / "notebook_costs.json"
@@ -116,6 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all, in order")
     options = parser.parse_args(arguments)
     paths = options.notebooks or find_notebooks()
+    try:
+        return _execute_all(paths, options.output_dir)
+    except (UserError, OSError) as error:  # a full disk, a folder that takes nothing
+        print(f"error: {error}; mend that and run it again", file=sys.stderr)
+        return 1
+
+
+def _execute_all(paths: list[Path], output_dir: Path | None) -> int:
+    if output_dir:
+        check_folder_writable(output_dir)
     with tempfile.TemporaryDirectory(prefix="m2helpers-") as folder:
         ENVIRONMENT["M2_LEDGER"] = str(Path(folder) / "ledger.sqlite")  # a report is read, not spent on
         for number, path in enumerate(paths, 1):
@@ -126,10 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print("failed", flush=True)
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-            if options.in_place:
+            if output_dir is None:
                 notebook.cells[0].source = note_time(notebook.cells[0].source, seconds)
-            write_text(path if options.in_place else options.output_dir / path.name, nbformat.writes(notebook) + "\n")
-            if options.in_place:
+            write_text(path if output_dir is None else output_dir / path.name, nbformat.writes(notebook) + "\n")
+            if output_dir is None:
                 record_cost(path.stem, seconds, memory)
             print(f"{seconds:.0f} s, {memory / 1e6:,.0f} MB", flush=True)
     return 0

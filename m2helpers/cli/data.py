@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..files import UserError, check_writable, write_json, write_text
+from ..files import UserError, check_folder_writable, check_memory, check_writable, write_json, write_text
 from ..paths import DATA_FILE
 from .options import DataFile, File, Flag, Folder
 
@@ -41,6 +41,7 @@ class Simulate:
             classic=self.classic,
             seed=shipped.seed if self.seed is None else self.seed,
         )
+        check_memory(f"--systems {settings.systems:,}", settings.systems * settings.steps * 100, "give fewer")
         time, trajectories, _ = simulate(settings)
         write_dataset(self.out, time, trajectories, settings)
         print(f"{self.out}: {len(trajectories):,} systems of {len(time)} steps")
@@ -57,13 +58,15 @@ class Encode:
     data: DataFile = DATA_FILE
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..data import load_dataset
         from ..text import Codec, fit_scale
 
         dataset = load_dataset(self.data)
         codec = Codec(fit_scale(dataset.part("train")), self.precision)
-        for split in ("train", "validation", "test"):
-            lines = [codec.encode(values) + "\n" for values in dataset.part(split)]
+        splits = ("train", "validation", "test")
+        texts = {split: [codec.encode(values) + "\n" for values in dataset.part(split)] for split in splits}
+        for split, lines in texts.items():  # all or none: a value may be too large to be written
             write_text(self.output_dir / f"{split}.txt", "".join(lines))
             print(f"{self.output_dir / split}.txt: {len(lines)} series")
         about = {"scale": codec.scale, "precision": codec.precision, "data_sha256": dataset.sha256}

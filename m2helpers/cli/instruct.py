@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from ..files import check_folder_writable
 from ..paths import INSTRUCTIONS
 from ..settings import EMBEDDED_RATE, InstructSettings, default_model, instruct_settings
 from .options import BaseName, Flag, Folder, changed, flags_of, show
@@ -40,6 +41,7 @@ class Instruct:
     settings: _InstructFlags
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..instruct.folders import parameter_line
         from ..instruct.quantised import load_for_tuning
         from ..instruct.rows import read_rows

@@ -38,6 +38,8 @@ class Evaluate:
     adapter: Adapter = None
 
     def __call__(self) -> None:
+        if self.json:
+            check_writable(self.json)
         import pandas as pd
 
         from ..data import load_dataset
@@ -50,8 +52,6 @@ class Evaluate:
         from ..report.tables import results_table
         from ..text import Codec, fit_scale
 
-        if self.json:
-            check_writable(self.json)
         dataset = load_dataset(self.data)
         base, run, constrained = load_target(self.model, self.run, self.adapter, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
@@ -113,15 +113,15 @@ class Calibrate:
     run: RunOrBase = None
 
     def __call__(self) -> None:
+        if self.samples < 2:
+            raise UserError(f"--samples {self.samples}: a distribution needs at least 2")
+        path = self.json or _calibration_file(self.model, self.run)
+        check_writable(path)
         from ..data import load_dataset
         from ..evaluation.measure import calibrate
         from ..experiments.timing import machine
         from ..text import Codec, fit_scale
 
-        if self.samples < 2:
-            raise UserError(f"--samples {self.samples}: a distribution needs at least 2")
-        path = self.json or _calibration_file(self.model, self.run)
-        check_writable(path)
         dataset = load_dataset(self.data)
         base, run, constrained = load_target(self.model, self.run, None, self.constrained)
         codec = run.codec if run else Codec(fit_scale(dataset.part("train")))
@@ -147,6 +147,8 @@ class Floor:
     data: DataFile = DATA_FILE
 
     def __call__(self) -> None:
+        if self.json:
+            check_writable(self.json)
         from dataclasses import asdict
 
         from ..data import load_dataset

@@ -33,13 +33,13 @@ class Bench:
     def __call__(self) -> None:
         if self.device:
             os.environ["M2_DEVICE"] = self.device
+        record = self.json or (CLASSICS if self.name == "classic" else BENCHMARKS)
+        check_writable(record)
         import pandas as pd
 
         from ..data import load_dataset
         from ..experiments.bench import run_benchmark
 
-        record = self.json or (CLASSICS if self.name == "classic" else BENCHMARKS)
-        check_writable(record)
         if self.name == "classic":
             self._classic(record)
             return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ..files import UserError
+from ..files import UserError, check_folder_writable
 from ..paths import DATA_FILE, own_folder
 from ..settings import AMORTISED, STAGES, PretrainSettings, TrainSettings, default_model
 from .options import BaseName, DataFile, Flag, Folder, Track, changed, flags_of, one_of, show
@@ -59,6 +59,7 @@ class Pretrain:
     settings: _PretrainFlags
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..pretraining.run import pretrain
 
         settings = changed(PretrainSettings(), self.settings)
@@ -87,6 +88,7 @@ class Train:
     settings: _TrainFlags
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..data import load_dataset
         from ..experiments.planning import plan_of
         from ..models import load_base
@@ -143,8 +145,10 @@ class Experiments:
         from ..experiments.runner import run_plan, sweep_table
         from ..models import fetch_base
 
-        fetch_base(self.model)  # its weights say which folder is its own
+        if self.output_dir is None:
+            fetch_base(self.model)  # its weights say which folder is its own
         folder = self.output_dir or Path(os.path.relpath(own_folder(self.model)))  # records hold it
+        check_folder_writable(folder)
         plan = replace(find_plan(self.plan) if self.plan else plan_of(self.model), seeds=self.seeds)
         if stages and not plan.runs_of(stages):
             raise UserError(
@@ -201,6 +205,7 @@ class Export:
     """For the model."""
 
     def __call__(self) -> None:
+        check_folder_writable(self.output_dir)
         from ..runs import export_run
 
         export_run(self.run, self.output_dir)

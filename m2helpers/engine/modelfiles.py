@@ -37,7 +37,7 @@ def check_kind(name: str, folder: Path) -> None:
         raise UserError(
             f"{name}: holds a peft adapter, not a base; give 'forecast' or 'evaluate' --model BASE --adapter {name}"
         )
-    _check_lfs(name, folder)
+    check_files(name, folder)
 
 
 def check_adapter(folder: Path) -> None:
@@ -49,7 +49,7 @@ def check_adapter(folder: Path) -> None:
         raise UserError(
             f"{folder}: no adapter ({ADAPTER_CONFIG}) there; give the folder that peft's save_pretrained wrote"
         )
-    _check_lfs(str(folder), folder)
+    check_files(str(folder), folder)
     if not weights.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(
             f"{folder}: adapter_model.bin is pickled, and can run code when it is read; "
@@ -98,6 +98,35 @@ def check_weights(name: str, folder: Path, weights: list[Path]) -> None:
         raise UserError(
             f"{name}: its weights are quantised ({method}), which is not read here; choose the model they were made from"
         )
+
+
+def check_sizes(name: str, config: PreTrainedConfig, stored: int) -> None:
+    """Refuse a config that asks for a far larger model than its weights can fill, before memory is taken for it (`UserError`)."""
+    sizes = ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "head_dim"]
+    found = {size: getattr(config, size, None) or 1 for size in sizes}
+    for size, value in found.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}: its config.json says {size} {value!r:.40}; fetch or copy the model again")
+    width = found["hidden_size"]
+    for size in sizes[1:]:  # at half a byte a weight
+        if found[size] * width > 2 * stored:
+            raise UserError(
+                f"{name}: its config.json says {size} {found[size]:,} and hidden_size {width:,}, too large for "
+                f"{stored / 1e6:.1f} MB of weights; fetch or copy the model again"
+            )
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Refuse a folder where Git still keeps a few lines in place of a large file, or that holds what is no file at all."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise UserError(f"{name}: {path.name} is a pipe or a device, not a file; copy the folder again")
+        small = path.is_file() and path.stat().st_size < 1024
+        if small and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{name}: {path.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder, "
+                "or fetch it with 'hf download'"
+            )
 
 
 def unloadable(name: str, what: str, error: Exception, remedy: str) -> UserError:
@@ -155,17 +184,6 @@ def _quantisation(folder: Path) -> str | None:
     if found:
         return str(_mapping(found).get("quant_method", "quantization_config"))
     return next((method for file, method in _QUANTISED.items() if (folder / file).is_file()), None)
-
-
-def _check_lfs(name: str, folder: Path) -> None:
-    """Refuse a folder where Git still keeps a few lines in place of a large file."""
-    for path in sorted(folder.iterdir()):
-        small = path.is_file() and path.stat().st_size < 1024
-        if small and path.read_bytes().startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{name}: {path.name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder, "
-                "or fetch it with 'hf download'"
-            )
 
 
 def _read_mapping(path: Path) -> dict[str, object]:

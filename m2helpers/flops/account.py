@@ -208,7 +208,14 @@ def forward_account(
 
 
 def training_flops(config: Config, batch_size: int, length: int, **options: Unpack[PassOptions]) -> int:
-    """FLOPs of one training step: three forward passes with the loss (options as in `forward_account`)."""
+    """FLOPs of one training step: three forward passes with the loss (options as in `forward_account`).
+
+    Examples
+    --------
+    >>> from m2helpers.flops import QWEN_05B
+    >>> m2helpers.training_flops(QWEN_05B, 4, 512) == 3 * m2helpers.forward_account(QWEN_05B, 4, 512, loss=True).forward
+    True
+    """
     return forward_account(config, batch_size, length, loss=True, **options).training
 
 
@@ -228,6 +235,15 @@ def generation_flops(config: Config, batch_size: int, prompt: int, new_tokens: i
         Tokens a row (padding included), and tokens to generate, at least one each.
     **options
         `lora_r`, `target_modules`, `head_bias`, `convention`, `vocabulary`, as in `forward_account`.
+
+    Examples
+    --------
+    The first new token costs a pass over the prompt, with one position scored.
+
+    >>> from m2helpers.flops import QWEN_05B
+    >>> first = m2helpers.forward_account(QWEN_05B, 1, 100, scored_positions=1).forward
+    >>> m2helpers.generation_flops(QWEN_05B, 1, 100, 1) == first
+    True
     """
     if new_tokens < 1:
         raise UserError(f"new_tokens {new_tokens}: must be at least 1")

@@ -217,8 +217,15 @@ def _window(base: Base) -> float:
     record = (
         Path(config.name_or_path or "/") / "pretraining.json"
     )  # beside the weights, where this package trained them
-    if record.is_file() and isinstance(card := read_json(record), dict):
-        window = min(window, card["settings"]["max_length"])
+    if record.is_file():
+        try:
+            window = min(window, int(read_json(record)["settings"]["max_length"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{record}: does not say how long the texts of its training were ({error}); restore it"
+            ) from None
+    if window < 1:
+        raise UserError(f"{config.name_or_path}: says it reads {window} tokens; restore its config.json")
     return window
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..files import UserError
+from ..files import UserError, read_at_most
 from ..text import right_pad
 
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}" + (TAIL := "\n\n### Response:\n")
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        lines = read_at_most(path).removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
     rows = [_read_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -11,11 +11,14 @@ from pathlib import Path
 import psutil
 
 from ..files import UserError
+from .entries import COLUMNS
 from .stores import SCHEMA, Answer, Execute
 
 APPLICATION_ID = 0x4D32464C  # in the file's header: a database that is not a ledger is told from one that is
 BUSY_SECONDS = 60.0
 # File systems that other machines write too, on which SQLite's locks do not hold (sqlite.org/faq.html, question 5).
+_TEXTS = ("time", "run", "stage", "kind", "settings_sha256", "state")
+_MOST = 10**18  # FLOPs of an entry: more than any cap, and a sum of nine of them is still a number to SQLite
 NETWORKED = {"afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "smbfs"} | {
     f"fuse.{name}" for name in ("ceph", "glusterfs", "sshfs", "s3fs", "rclone")
 }
@@ -40,6 +43,8 @@ class SqliteStore:
             )
         if not path.exists():
             self._create()
+        elif not path.is_file():
+            raise UserError(f"{path}: is a folder, a pipe or a device; set M2_LEDGER to a file")
         self.run(self._check)
 
     @property
@@ -51,6 +56,7 @@ class SqliteStore:
             # mode=rw: a file that is deleted meanwhile is not silently started afresh
             place = f"{self.path.absolute().as_uri()}?mode=rw"
             with closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as database:
+                database.execute("PRAGMA trusted_schema = OFF")
                 database.execute("BEGIN IMMEDIATE")
                 if database.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
                     raise sqlite3.DatabaseError("no mark of a ledger in its header")
@@ -64,7 +70,7 @@ class SqliteStore:
                 return answer
         except sqlite3.OperationalError as error:  # locked, read-only, deleted, disk full
             raise self._unwritable(error) from None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of text that is none
             raise UserError(
                 f"{self.path}: damaged, or not a ledger ({error}); move it away, or set M2_LEDGER to another file"
             ) from None
@@ -74,6 +80,19 @@ class SqliteStore:
         (problem,) = execute("PRAGMA quick_check(1)").fetchone()
         if problem != "ok":
             raise sqlite3.DatabaseError(" ".join(problem.split()))
+        # A view or a trigger of a stranger's would run as the file is read, or make of a bill what it likes.
+        kinds = execute("SELECT type, name FROM sqlite_master WHERE type <> 'index'").fetchall()
+        if kinds != [("table", "entries")]:
+            raise sqlite3.DatabaseError("other tables than a ledger's")
+        columns = {name for _, name, *_ in execute("PRAGMA table_info(entries)").fetchall()}
+        if columns != {*COLUMNS, "owner"}:
+            raise sqlite3.DatabaseError("other columns than a ledger's")
+        numbers = [name for name in COLUMNS if name not in _TEXTS]
+        wrong = [f"typeof({name}) <> 'integer' OR {name} < 0 OR {name} > {_MOST}" for name in numbers]
+        wrong += [f"typeof({name}) <> 'text'" for name in (*_TEXTS, "owner")]
+        counting = f"SELECT count(*) FROM entries WHERE {' OR '.join(wrong)}"  # noqa: S608 (our own names)  # nosec B608
+        if execute(counting).fetchone() != (0,):
+            raise sqlite3.DatabaseError("an entry that no ledger writes")
 
     def _create(self) -> None:
         """Make the file under another name and link it into place: nobody ever sees it half made, or empty."""

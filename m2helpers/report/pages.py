@@ -18,6 +18,7 @@ from .goals import goals_table
 from .headline import headline_table
 from .prices import cost_blocks
 from .terms import beside_the_law, duels_table, terms_table
+from .trust import trust_table
 
 
 def pretraining_summary(base: str = "embedded") -> str:
@@ -151,6 +152,7 @@ def blocks() -> dict[str, str]:
         "goals": goals_table(),
         "classic": classic_table(),
         "cluster": cluster_table(),
+        "trust": trust_table(),
         "data-statistics": statistics_table(dataset),
     }
 

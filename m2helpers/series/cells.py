@@ -21,7 +21,7 @@ from statistics import mode
 import numpy as np
 import pandas as pd
 
-from ..files import UserError
+from ..files import UserError, read_at_most
 
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}([-/.]\d{1,4})?([ T].*)?")
@@ -32,7 +32,8 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-_OPENERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+_MEMORY = 1 << 32  # bytes that a table may take while it is read, at about so many a line and a cell:
+_LINE, _CELL = 300, 120
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,7 @@ def read_cells(path: Path, header: bool | None = None, decimal: str | None = Non
         notes.append(f"{len(comments)} comment line{'s' * (len(comments) > 1)} skipped")
     try:
         separator = separator or _separator(lines[first:])
+        _refuse_large(path, lines, separator)
         rows = _rows(path, lines, first, separator)
     except csv.Error as error:
         raise UserError(_unreadable(path, str(error))) from None
@@ -116,8 +118,9 @@ def read_cells(path: Path, header: bool | None = None, decimal: str | None = Non
 
 
 def _unpacked(path: Path) -> bytes:
+    """A file's bytes, or those of the one file in an archive; not more of them than a table may have."""
     try:
-        data = path.read_bytes()
+        data = read_at_most(path)
         if data.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 inside = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
@@ -127,15 +130,31 @@ def _unpacked(path: Path) -> bytes:
                     raise UserError(
                         f"{path}: holds {len(inside)} files; give an archive of one table, or the table itself"
                     )
-                return archive.read(inside[0])
-        unpack = next((how for mark, how in _OPENERS.items() if data.startswith(mark)), None)
-        return unpack(data) if unpack else data
+                with archive.open(inside[0]) as member:
+                    return read_at_most(path, member)
+        packed = io.BytesIO(data)
+        if data.startswith(b"\x1f\x8b"):
+            return read_at_most(path, gzip.GzipFile(fileobj=packed))
+        if data.startswith(b"BZh"):
+            return read_at_most(path, bz2.BZ2File(packed))
+        if data.startswith(b"\xfd7zXZ"):
+            return read_at_most(path, lzma.LZMAFile(packed))
+        return data
     except UserError:
         raise
     except OSError as error:
         raise UserError(_unreadable(path, error.strerror or str(error))) from None
     except (EOFError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError, ValueError) as error:
         raise UserError(_unreadable(path, f"damaged archive: {error}")) from None
+
+
+def _refuse_large(path: Path, lines: Sequence[str], separator: str) -> None:
+    """Refuse a table that would take more memory than it may, before it is taken."""
+    cells = len(lines) + sum(line.count(separator) for line in lines)
+    if len(lines) * _LINE + cells * _CELL > _MEMORY:
+        raise UserError(
+            f"{path}: {cells:,} cells in {len(lines):,} lines are too many to read; cut it down, or give Parquet"
+        )
 
 
 def _decoded(path: Path, data: bytes) -> tuple[str, list[str]]:

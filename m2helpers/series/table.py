@@ -18,6 +18,8 @@ from .cells import Grid, read_cells
 from .roles import Roles, assign
 from .times import Rhythm, find_rhythm, first_break, read_times
 
+_CELLS = 50_000_000  # of Parquet: four gigabytes of them at most are in memory at once
+
 
 @dataclass(frozen=True, eq=False)
 class History:
@@ -136,6 +138,13 @@ def table_of(
     frame = frame.rename(columns=str).set_axis(pd.RangeIndex(1, len(frame) + 1))
     if frame.columns.duplicated().any():
         raise UserError(f"{source}: two columns are named {frame.columns[frame.columns.duplicated()][0]!r}; rename one")
+    for name, column in frame.items():
+        for row, cell in zip(frame.index, column if column.dtype == object else (), strict=False):
+            if isinstance(cell, list | dict | tuple | set | bytes | np.ndarray):
+                kind = type(cell).__name__
+                raise UserError(
+                    f"{source}: row {row}, column {name} holds a {kind}; give one number, time or name a cell"
+                )
     texts = {
         name: object for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype | pd.StringDtype)
     }
@@ -196,7 +205,14 @@ def _read_hdf5(path: Path) -> Table:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
+        import pyarrow.parquet
+
+        about = pyarrow.parquet.read_metadata(path)
+        if about.num_rows * max(1, about.num_columns) > _CELLS:  # a few bytes can stand for any number of rows
+            raise UserError(f"{path}: {about.num_rows:,} rows of {about.num_columns} columns are too many; cut it down")
         return pd.read_parquet(path)
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or give CSV") from None
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors

@@ -77,6 +77,8 @@ def pretrain(inputs: Path, folder: Path) -> None:
         pretraining.pretrain(PRETRAIN, folder, resume=has_state(folder), architecture=TINY)
 
 
+TIMES = ["seconds", "tokens_per_second"]
+"""Columns and keys that no two runs have alike."""
 KINDS = {"fine-tuning": (train, "history.csv"), "pre-training": (pretrain, "pretraining.json")}
 """What runs, and a file that stands in a folder only when it is done, or nearly (then its state is still there)."""
 
@@ -117,17 +119,20 @@ def run(kind: str, inputs: Path, folder: Path, kill_at: int = 0, kill_after: flo
 
 def result(folder: Path) -> dict[str, bytes | str]:
     """What must not depend on a kill: every file of the run, timings left out."""
-    files: dict[str, bytes | str] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    files: dict[str, bytes | str] = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     if "history.csv" in files:
-        files["history.csv"] = pd.read_csv(folder / "history.csv", dtype=str).drop(columns="tokens_per_second").to_csv()
-    if "pretraining.json" in files:
-        record = json.loads(files["pretraining.json"])
-        for part in (record, record["total"]):
-            del part["seconds"]
-        for row in record["history"]:
-            del row["tokens_per_second"]
-        files["pretraining.json"] = json.dumps(record)
+        files["history.csv"] = (
+            pd.read_csv(folder / "history.csv", dtype=str).drop(columns=TIMES, errors="ignore").to_csv()
+        )
+    for name in {"pretraining.json", "metrics.json"} & files.keys():
+        files[name] = json.dumps(_untimed(json.loads(files[name])))
     return files
+
+
+def _untimed(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _untimed(inside) for key, inside in value.items() if key not in TIMES}
+    return [_untimed(inside) for inside in value] if isinstance(value, list) else value
 
 
 def campaign(
