@@ -11,6 +11,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 import m2helpers
+from m2helpers.report.live import write_live
 
 # nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
 os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
@@ -56,7 +57,7 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "A language model that forecasts"
 html_static_path = ["_static"]
-html_css_files = ["custom.css"]
+html_css_files = ["custom.css", "live/live.css"]
 html_math_renderer = "mathml"
 copybutton_exclude = ".linenos, .gp, .prompt"
 
@@ -94,8 +95,15 @@ def _keep_colons(app, what, name, obj, options, lines) -> None:
         lines[:0] = ["..", ""]
 
 
+def _write_live(app, error) -> None:
+    """The live page's weights and series are made from the records, and are in no commit."""
+    if error is None and app.builder.format == "html":
+        write_live(Path(app.outdir, "_static", "live"))
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("build-finished", _write_live)
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon's 500
     app.connect("source-read", _link_to_pages)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
