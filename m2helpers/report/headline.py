@@ -12,7 +12,7 @@ from ..experiments.planning import stage_label
 from ..files import read_json
 from ..flops.account import CAP
 from ..paths import checkpoint_folder
-from .findings import NO_FORECAST, markdown_header, seed_records
+from .findings import NO_FORECAST, figure, markdown_header, seed_records
 from .tables import baseline_results, comparable, interval, published_table, stage_results, verdict
 from .terms import beside_the_law
 
@@ -47,25 +47,28 @@ def pretraining_cost(base: str = "embedded") -> str:
     by_machine = sittings.groupby("machine")["flops"].sum()
     most = str(by_machine.idxmax())
     return (
-        f"*Before fine-tuning* does not mean untrained: pre-training on synthetic series took {record['total']['flops']:.2g} FLOPs, not charged to "
-        f"the {CAP:.0e}, {by_machine.max() / by_machine.sum():.0%} of them on one {most.split(',')[0]}, and the families of those series were chosen with the "
+        f"*Before fine-tuning* does not mean untrained: pre-training on synthetic series took {figure(record['total']['flops'], 2)} FLOPs, not charged to "
+        f"the {figure(CAP)}, {by_machine.max() / by_machine.sum():.0%} of them on one {most.split(',')[0]}, and the families of those series were chosen with the "
         "validation series in view."
     )
 
 
 def _verdicts(ours: Mapping[str, Sequence[Result]]) -> str:
-    """Each later stage against the base before fine-tuning in words, where they can be compared."""
+    """Each later stage against the base before fine-tuning in words, where they can be compared; those that say the same together."""
     before = {row.context: row for row in ours.get("untrained", [])}
-    verdicts = []
+    stages: dict[str, list[str]] = {}  # what is said, and of which
     for stage, rows in ours.items():
         known = all(row.context in before and comparable(row, before[row.context]) for row in rows)
         if stage != "untrained" and known:
             words = [verdict(paired_change(row, before[row.context])) for row in rows]
             each = "; ".join(f"S = {row.context}, {word}" for row, word in zip(rows, words, strict=True))
-            verdicts.append(f"*{stage_label(stage)}*: {f'{words[0]} at every S' if len(set(words)) == 1 else each}.")
-    return (
-        f"Beside the base before fine-tuning, on the windows both got valid: {' '.join(verdicts)}" if verdicts else ""
-    )
+            said = f"{words[0]} at every S" if len(set(words)) == 1 else each
+            stages.setdefault(said, []).append(f"*{stage_label(stage)}*")
+    told = [
+        f"{' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])}: {said}."
+        for said, names in stages.items()
+    ]
+    return f"Beside the base before fine-tuning, on the windows both got valid: {' '.join(told)}" if told else ""
 
 
 def _provenance(base: str, ours: Mapping[str, Sequence[Result]]) -> str:
