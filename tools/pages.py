@@ -30,9 +30,7 @@ def rework(document: nodes.document) -> None:
             ]
     introduction, words = "", []
     for node in document.findall():
-        if isinstance(node, nodes.title):
-            introduction = node.astext()
-        elif isinstance(node, nodes.paragraph) and not _inside_output(node):
+        if isinstance(node, nodes.title) or (isinstance(node, nodes.paragraph) and not _inside_output(node)):
             introduction = node.astext()
         elif isinstance(node, nodes.image) and "alt" not in node:
             node["alt"] = description(introduction)

@@ -8,13 +8,13 @@ import pandas as pd
 
 from ..evaluation.protocols import P5_CONTEXTS
 from ..evaluation.scores import Result, paired_change
-from ..experiments.planning import stage_label
+from ..experiments.planning import STAGE_ORDER, stage_label
 from ..files import read_json
 from ..flops.account import CAP
 from ..paths import checkpoint_folder
 from .findings import NO_FORECAST, figure, markdown_header, seed_records
 from .tables import baseline_results, comparable, interval, published_table, stage_results, verdict
-from .terms import beside_the_law
+from .terms import LAW, beside_the_law
 
 
 def headline_table(base: str = "embedded") -> str:
@@ -35,6 +35,33 @@ def headline_table(base: str = "embedded") -> str:
         published_table(),
     ]
     return "\n".join([*lines, *(line for paragraph in said if paragraph for line in ("", paragraph))])
+
+
+def brief_table(base: str = "embedded") -> str:
+    """The README's table in Markdown: before fine-tuning, the run that went furthest, and what one would otherwise take."""
+    ours = stage_results(base)
+    furthest = [stage for stage in ours if stage in STAGE_ORDER][-1]
+    rivals = {LAW: f"{LAW}, told the law behind the data", "vector autoregression": "vector autoregression"}
+    rows = {stage_label("untrained"): ours["untrained"], f"**{stage_label(furthest)}, fine-tuned**": ours[furthest]}
+    rows |= {label: baseline_results()[name] for name, label in reversed(rivals.items())}
+    lines = markdown_header("mean absolute error, five steps ahead", *(f"after {s} tokens" for s in P5_CONTEXTS))
+    for label, results in rows.items():
+        cells = [NO_FORECAST if row.mae is None else f"{row.mae:.4f}" for row in results]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cost_line(base: str = "embedded") -> str:
+    """What the run that went furthest cost, with the pre-training of its base, in one sentence."""
+    folder = checkpoint_folder(base)
+    stage = [stage for stage in stage_results(base) if stage in STAGE_ORDER][-1]
+    run = pd.read_csv(folder / stage / "history.csv")["flops"].iloc[-1]
+    before = read_json(folder / "base" / "pretraining.json")["total"]["flops"]
+    spent = pd.read_csv(folder / "ledger.csv")["flops"].sum()
+    return (
+        f"**What it cost:** {figure(before, 2)} FLOPs to pre-train the base on synthetic series, then {figure(run, 2)} to fine-tune *{stage_label(stage)}*; "
+        f"all experiments on the base together {figure(spent, 2)}, of a ceiling of {figure(CAP)} that pre-training is not charged to."
+    )
 
 
 def pretraining_cost(base: str = "embedded") -> str:

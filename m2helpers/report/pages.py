@@ -14,7 +14,7 @@ from ..flops.account import CAP
 from ..paths import ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, figure, markdown_header, seeds_table, sweeps_table
-from .headline import headline_table
+from .headline import brief_table, cost_line, headline_table
 from .terms import beside_the_law, duels_table, terms_table
 
 
@@ -117,6 +117,8 @@ def blocks() -> dict[str, str]:
     """Every marked block by name."""
     return {
         "results": headline_table(),
+        "brief": brief_table(),
+        "cost": cost_line(),
         "terms": terms_table(),
         "duels": duels_table(),
         "law": beside_the_law(),
