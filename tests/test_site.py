@@ -37,7 +37,7 @@ LAYOUT = """() => {
     code: boxes(".input_area pre").filter((pre) => pre.scrollWidth > pre.clientWidth + 1 && !/.{121}/.test(pre.textContent)).length,
     unreachable: boxes("article pre, article .formula, article .output_area, article .table-wrapper")
       .filter((box) => box.scrollWidth > box.clientWidth && /auto|scroll/.test(getComputedStyle(box).overflowX) && box.tabIndex < 0).length,
-    images: boxes("article img").filter((image) => !image.complete || !image.naturalWidth || image.alt.length < 25).map((image) => image.src),
+    images: boxes("article img:not(.toggler)").filter((image) => !image.complete || !image.naturalWidth || image.alt.length < 25).map((image) => image.src),
     formulas: boxes(".formula").length,
     powers: [...document.querySelectorAll("article td, article p")].filter((cell) => /\\de[+]\\d/.test(cell.textContent)).length,
   };
