@@ -50,17 +50,25 @@ def browser():
         yield running
 
 
-def _open(browser, look, path="index.html"):
-    """A page of the site, from a file; it fails where it asks for anything else."""
-    (width, height), scheme = WIDTHS[look[0]], look[1]
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(120_000)
-    page = context.new_page()
-    page.asked, page.errors = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto((built_site() / path).as_uri())
-    return page
+@pytest.fixture
+def visit(browser):
+    """Opens a page of the site from a file, as one of `LOOKS`, and keeps what it asks for and what goes wrong."""
+    contexts = []
+
+    def go(look, path="index.html"):
+        (width, height), scheme = WIDTHS[look[0]], look[1]
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
+        contexts[-1].set_default_timeout(120_000)
+        page = contexts[-1].new_page()
+        page.asked, page.errors = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto((built_site() / path).as_uri())
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
 
 
 def _pages():
@@ -69,8 +77,8 @@ def _pages():
 
 
 @pytest.mark.parametrize("look", LOOKS, ids="-".join)
-def test_every_page_reads_well(browser, look):
-    page, formulas = _open(browser, look), 0
+def test_every_page_reads_well(visit, look):
+    page, formulas = visit(look), 0
     for path in _pages():
         page.goto((built_site() / path).as_uri())
         found = page.evaluate(LAYOUT)
@@ -87,9 +95,9 @@ def test_every_page_reads_well(browser, look):
 
 
 @pytest.mark.parametrize("look", LOOKS[:2], ids="-".join)
-def test_nothing_serious_for_axe(browser, look):
+def test_nothing_serious_for_axe(visit, look):
     axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
-    page, found = _open(browser, look), []
+    page, found = visit(look), []
     for path in AUDITED:
         page.goto((built_site() / path).as_uri())
         page.evaluate(axe)
@@ -101,15 +109,15 @@ def test_nothing_serious_for_axe(browser, look):
     assert found == []
 
 
-def test_a_notebook_shows_its_argument_and_folds_the_rest(browser):
-    page = _open(browser, LOOKS[0], "notebooks/5_initial_train_behaviour.html")
+def test_a_notebook_shows_its_argument_and_folds_the_rest(visit):
+    page = visit(LOOKS[0], "notebooks/5_initial_train_behaviour.html")
     conclusion = page.locator("section", has=page.locator("h2", has_text="What we saw")).last
     assert conclusion.locator("pre").count() == 0 and len(conclusion.inner_text()) > 300
     folded = page.locator("details.fold")
-    assert folded.count() > 5 and not page.locator("details.fold pre").first.is_visible()
+    assert folded.count() > 5 and not page.locator("details.fold .input_area pre").first.is_visible()
     page.locator("details.fold > summary").first.focus()
     page.keyboard.press("Enter")
-    assert page.locator("details.fold pre").first.is_visible()
+    assert page.locator("details.fold .input_area pre").first.is_visible()
     alts = page.eval_on_selector_all("article img", "images => images.map(image => image.alt)")
     assert len(alts) > 5 and len(set(alts)) > len(alts) / 2
     heads = page.eval_on_selector_all(
@@ -132,9 +140,9 @@ def test_search_shows_excerpts_from_a_server(browser):
     assert any("parroting" in excerpt.lower() for excerpt in excerpts)
 
 
-def test_the_live_page_forecasts_what_the_package_does(browser, tmp_path):
+def test_the_live_page_forecasts_what_the_package_does(visit, tmp_path):
     """On a phone, from a file: the forecast, its FLOPs, and the context moved with the keyboard."""
-    page = _open(browser, LOOKS[1], "live.html")
+    page = visit(LOOKS[1], "live.html")
     page.select_option("#live-paths", "0")
     page.wait_for_function(DONE)
     seen = int(page.inner_text("#live-seen-value"))
@@ -158,8 +166,8 @@ def test_the_live_page_forecasts_what_the_package_does(browser, tmp_path):
     assert page.errors == [] and {url.partition(":")[0] for url in page.asked} == {"file"}
 
 
-def test_the_live_page_takes_a_series_of_ones_own(browser):
-    page = _open(browser, LOOKS[0], "live.html")
+def test_the_live_page_takes_a_series_of_ones_own(visit):
+    page = visit(LOOKS[0], "live.html")
     page.select_option("#live-series", "own")
     page.select_option("#live-paths", "10")
     before = page.input_value("#live-numbers")
@@ -180,7 +188,6 @@ def test_the_live_page_takes_a_series_of_ones_own(browser):
     page.wait_for_function("document.querySelectorAll('#live-chart .band').length == 2")
     page.wait_for_function(DONE)
     assert int(page.inner_text("#live-end-value")) == 23
-    page.context.close()
 
 
 def _rgb(colour):
