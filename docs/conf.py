@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pypandoc
@@ -11,6 +12,10 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 import m2helpers
+from m2helpers.report.live import write_live
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.pages import rework  # noqa: E402
 
 # nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
 os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
@@ -56,7 +61,8 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = "A language model that forecasts"
 html_static_path = ["_static"]
-html_css_files = ["custom.css"]
+html_css_files = ["custom.css", "live/live.css"]
+html_js_files = [("reading.js", {"defer": "defer"})]
 html_math_renderer = "mathml"
 copybutton_exclude = ".linenos, .gp, .prompt"
 
@@ -88,14 +94,34 @@ def _link_to_pages(app, docname, source) -> None:
         source[0] = source[0].replace("](../docs/", "](../").replace("](diagrams/", "](../../notebooks/diagrams/")
 
 
+def _rework_notebook(app, document) -> None:
+    if app.env.docname.startswith("notebooks/"):
+        rework(document)
+
+
 def _keep_colons(app, what, name, obj, options, lines) -> None:
     """In an attribute's first line napoleon takes what stands before a colon for a type: give it a comment."""
     if what == "attribute":
         lines[:0] = ["..", ""]
 
 
+def _level_captions(app, pagename, templatename, context, doctree) -> None:
+    """The captions of the contents are headings to a screen reader: of this level."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
+def _write_live(app, error) -> None:
+    """The live page's weights and series are made from the records, and are in no commit."""
+    if error is None and app.builder.format == "html":
+        write_live(Path(app.outdir, "_static", "live"))
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("build-finished", _write_live)
+    app.connect("html-page-context", _level_captions, priority=900)  # after the theme's
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon's 500
     app.connect("source-read", _link_to_pages)
+    app.connect("doctree-read", _rework_notebook)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))

@@ -76,4 +76,7 @@ def test_ci_names_what_it_lacks_and_cannot_install(tmp_path):
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     found = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, executable=None)
     assert found.returncode == 1 and not found.stdout
-    assert found.stderr.startswith("error: install make python3 python3-venv first") and found.stderr.count("\n") == 1
+    assert (
+        found.stderr.startswith("error: install make python3 python3-venv chromium first")
+        and found.stderr.count("\n") == 1
+    )

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ..files import check_writable
-from ..paths import BENCHMARKS, CLASSICS, DATA_FILE
+from ..paths import BENCHMARKS, CLASSICS, DATA_FILE, ROOT
 from .options import DataFile
 
 
@@ -61,8 +61,17 @@ class Bench:
 class FillReadme:
     """Fill the marked blocks of README and pages from the records."""
 
+    picture: bool = False
+    """Draw the README's picture again too: forecasts of one test window, before fine-tuning and after."""
+
     def __call__(self) -> None:
         from ..report.pages import fill_pages
 
+        if self.picture:
+            from ..report.beforeafter import write_picture
+
+            path = ROOT / "docs" / "_static" / "before_after.png"
+            write_picture(path)
+            print(f"{path.name}: drawn")
         for page in fill_pages():
             print(f"{page.name}: filled")

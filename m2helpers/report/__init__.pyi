@@ -11,6 +11,8 @@ from .findings import seed_records as seed_records
 from .findings import seeds_table as seeds_table
 from .findings import sweeps_table as sweeps_table
 from .goals import goals_table as goals_table
+from .headline import brief_table as brief_table
+from .headline import cost_line as cost_line
 from .headline import headline_table as headline_table
 from .headline import pretraining_cost as pretraining_cost
 from .pages import all_pages as all_pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from ..files import read_json
 from ..paths import checkpoint_folder
 
 NO_FORECAST = "no valid forecast"
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A number of so many digits as people write it: 2.5e14, 6.9e-5, 0.031."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.{digits}g}")
 
 
 def markdown_header(*names: str) -> list[str]:
@@ -37,13 +43,13 @@ def seeds_table(base: str = "embedded") -> str:
         records = seed_records(checkpoint_folder(base), stage)
         test = [[r for r in from_json(rows) if (r.protocol, r.split) == ("P5", "test")] for rows in records]
         runs = [{r.context: r for r in rows} for rows in test if len(rows) == len(P5_CONTEXTS)]
-        for measure, shown in (("mae", ".4f"), ("mse", ".3g")) if runs else ():
+        for measure, shown in (("mae", "{:.4f}".format), ("mse", lambda error: figure(error, 3))) if runs else ():
             cells = []
             for results in zip(*([run[s] for s in P5_CONTEXTS] for run in runs), strict=True):
                 errors = [getattr(result, measure) for result in results]
                 known = [error for error in errors if error is not None]  # none where no forecast was valid
-                spread = f" ({min(known):{shown}}–{max(known):{shown}})" if len(known) > 1 else ""  # one seed has none
-                cells.append(f"{np.mean(known):{shown}}{spread}" if known else NO_FORECAST)
+                spread = f" ({shown(min(known))}–{shown(max(known))})" if len(known) > 1 else ""  # one seed has none
+                cells.append(f"{shown(float(np.mean(known)))}{spread}" if known else NO_FORECAST)
             lines.append(f"| {stage} | {measure.upper()} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -113,7 +119,8 @@ def _on_the_length(folder: Path, plan: Plan) -> Iterator[str]:
     error = f"MAE, S = {P5_CONTEXTS[-1]}"
     if len(runs) > 1 and error in table:
         tried = "; ".join(
-            f"{n} tokens, {_cell(error, row[error])} for {row['flops']:.2g} FLOPs" for n, row in sorted(runs.items())
+            f"{n} tokens, {_cell(error, row[error])} for {figure(row['flops'], 2)} FLOPs"
+            for n, row in sorted(runs.items())
         )
         yield f"**Length of the windows.** Validation error at S = {P5_CONTEXTS[-1]}: {tried}."
 
@@ -172,4 +179,4 @@ def _cell(name: str, value: str | float | None) -> str:
         return value
     if value is None or value != value:
         return "–"  # not measured, or no forecast was valid
-    return f"{value:.4f}" if name == "val_loss" or name.startswith("MAE") else f"{value:.4g}"
+    return f"{value:.4f}" if name == "val_loss" or name.startswith("MAE") else figure(value)

@@ -8,13 +8,13 @@ import pandas as pd
 
 from ..evaluation.protocols import P5_CONTEXTS
 from ..evaluation.scores import Result, paired_change
-from ..experiments.planning import stage_label
+from ..experiments.planning import STAGE_ORDER, stage_label
 from ..files import read_json
 from ..flops.account import CAP
 from ..paths import checkpoint_folder
-from .findings import NO_FORECAST, markdown_header, seed_records
+from .findings import NO_FORECAST, figure, markdown_header, seed_records
 from .tables import baseline_results, comparable, interval, published_table, stage_results, verdict
-from .terms import beside_the_law
+from .terms import LAW, beside_the_law
 
 
 def headline_table(base: str = "embedded") -> str:
@@ -37,6 +37,33 @@ def headline_table(base: str = "embedded") -> str:
     return "\n".join([*lines, *(line for paragraph in said if paragraph for line in ("", paragraph))])
 
 
+def brief_table(base: str = "embedded") -> str:
+    """The README's table in Markdown: before fine-tuning, the run that went furthest, and what one would otherwise take."""
+    ours = stage_results(base)
+    furthest = [stage for stage in ours if stage in STAGE_ORDER][-1]
+    rivals = {LAW: f"{LAW}, told the law behind the data", "vector autoregression": "vector autoregression"}
+    rows = {stage_label("untrained"): ours["untrained"], f"**{stage_label(furthest)}, fine-tuned**": ours[furthest]}
+    rows |= {label: baseline_results()[name] for name, label in reversed(rivals.items())}
+    lines = markdown_header("mean absolute error, five steps ahead", *(f"after {s} tokens" for s in P5_CONTEXTS))
+    for label, results in rows.items():
+        cells = [NO_FORECAST if row.mae is None else f"{row.mae:.4f}" for row in results]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cost_line(base: str = "embedded") -> str:
+    """What the run that went furthest cost, with the pre-training of its base, in one sentence."""
+    folder = checkpoint_folder(base)
+    stage = [stage for stage in stage_results(base) if stage in STAGE_ORDER][-1]
+    run = pd.read_csv(folder / stage / "history.csv")["flops"].iloc[-1]
+    before = read_json(folder / "base" / "pretraining.json")["total"]["flops"]
+    spent = pd.read_csv(folder / "ledger.csv")["flops"].sum()
+    return (
+        f"**What it cost:** {figure(before, 2)} FLOPs to pre-train the base on synthetic series, then {figure(run, 2)} to fine-tune *{stage_label(stage)}*; "
+        f"all experiments on the base together {figure(spent, 2)}, of a ceiling of {figure(CAP)} that pre-training is not charged to."
+    )
+
+
 def pretraining_cost(base: str = "embedded") -> str:
     """What went into a base before any fine-tuning, in one sentence; empty if nothing is recorded."""
     path = checkpoint_folder(base) / "base" / "pretraining.json"
@@ -47,25 +74,28 @@ def pretraining_cost(base: str = "embedded") -> str:
     by_machine = sittings.groupby("machine")["flops"].sum()
     most = str(by_machine.idxmax())
     return (
-        f"*Before fine-tuning* does not mean untrained: pre-training on synthetic series took {record['total']['flops']:.2g} FLOPs, not charged to "
-        f"the {CAP:.0e}, {by_machine.max() / by_machine.sum():.0%} of them on one {most.split(',')[0]}, and the families of those series were chosen with the "
+        f"*Before fine-tuning* does not mean untrained: pre-training on synthetic series took {figure(record['total']['flops'], 2)} FLOPs, not charged to "
+        f"the {figure(CAP)}, {by_machine.max() / by_machine.sum():.0%} of them on one {most.split(',')[0]}, and the families of those series were chosen with the "
         "validation series in view."
     )
 
 
 def _verdicts(ours: Mapping[str, Sequence[Result]]) -> str:
-    """Each later stage against the base before fine-tuning in words, where they can be compared."""
+    """Each later stage against the base before fine-tuning in words, where they can be compared; those that say the same together."""
     before = {row.context: row for row in ours.get("untrained", [])}
-    verdicts = []
+    stages: dict[str, list[str]] = {}  # what is said, and of which
     for stage, rows in ours.items():
         known = all(row.context in before and comparable(row, before[row.context]) for row in rows)
         if stage != "untrained" and known:
             words = [verdict(paired_change(row, before[row.context])) for row in rows]
             each = "; ".join(f"S = {row.context}, {word}" for row, word in zip(rows, words, strict=True))
-            verdicts.append(f"*{stage_label(stage)}*: {f'{words[0]} at every S' if len(set(words)) == 1 else each}.")
-    return (
-        f"Beside the base before fine-tuning, on the windows both got valid: {' '.join(verdicts)}" if verdicts else ""
-    )
+            said = f"{words[0]} at every S" if len(set(words)) == 1 else each
+            stages.setdefault(said, []).append(f"*{stage_label(stage)}*")
+    told = [
+        f"{' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])}: {said}."
+        for said, names in stages.items()
+    ]
+    return f"Beside the base before fine-tuning, on the windows both got valid: {' '.join(told)}" if told else ""
 
 
 def _provenance(base: str, ours: Mapping[str, Sequence[Result]]) -> str:

@@ -13,9 +13,9 @@ from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
 from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
 from .distributions import by_step_table, recorded_distributions
-from .findings import ablations_table, advice, markdown_header, seeds_table, sweeps_table
+from .findings import ablations_table, advice, figure, markdown_header, seeds_table, sweeps_table
 from .goals import goals_table
-from .headline import headline_table
+from .headline import brief_table, cost_line, headline_table
 from .prices import cost_blocks
 from .terms import beside_the_law, duels_table, terms_table
 from .trust import trust_table
@@ -34,7 +34,7 @@ def pretraining_summary(base: str = "embedded") -> str:
     ]
     return (
         f"Pre-training took {record['total']['tokens'] / 1e6:,.0f} million tokens in {len(sittings)} sittings ({'; '.join(where)}) "
-        f"and {record['total']['flops']:.2g} FLOPs, which are not charged to the {CAP:.0e}."
+        f"and {figure(record['total']['flops'], 2)} FLOPs, which are not charged to the {figure(CAP)}."
     )
 
 
@@ -45,9 +45,9 @@ def spending_table(base: str = "embedded") -> str:
         return "No ledger has been recorded for this base."
     spent = pd.read_csv(path).pivot_table("flops", "stage", "kind", "sum", fill_value=0, sort=False)
     kinds = list(spent)
-    lines = markdown_header("stage", *kinds, "together", f"share of {CAP:.0e}")
+    lines = markdown_header("stage", *kinds, "together", f"share of {figure(CAP)}")
     for stage, row in [*spent.iterrows(), ("**all**", spent.sum())]:
-        cells = [f"{value:.3g}" for value in [*row, row.sum()]]
+        cells = [figure(value, 3) for value in [*row, row.sum()]]
         lines.append(f"| {stage} | {' | '.join(cells)} | {row.sum() / CAP:.4%} |")
     return "\n".join(lines)
 
@@ -75,7 +75,7 @@ def benchmarks_table() -> str:
         shown = [key for key in names if key in entry["rows"][0]]
         lines = markdown_header(*(names[key] for key in shown))
         for row in entry["rows"]:
-            cells = [row[key] if isinstance(row[key], str) else f"{row[key]:.4g}" for key in shown]
+            cells = [row[key] if isinstance(row[key], str) else figure(row[key]) for key in shown]
             lines.append(f"| {' | '.join(cells)} |")
         for side, shares in entry.get("profile", {}).items():
             where = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
@@ -136,6 +136,8 @@ def blocks() -> dict[str, str]:
     return {
         **cost_blocks(dataset),
         "results": headline_table(),
+        "brief": brief_table(),
+        "cost": cost_line(),
         "terms": terms_table(),
         "duels": duels_table(),
         "law": beside_the_law(),

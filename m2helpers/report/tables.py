@@ -17,7 +17,7 @@ from ..files import UserError, read_json
 from ..paths import BASELINE_CACHE, DATA_FILE, checkpoint_folder
 from ..settings import EMBEDDED, default_model
 from ..text import Codec, fit_scale
-from .findings import NO_FORECAST, markdown_header
+from .findings import NO_FORECAST, figure, markdown_header
 
 SCORES_NAME = "scores.json"
 STAGE_FOLDERS = {"untrained": "base", "initial": "initial", "final": "final", "extended": "extended"}
@@ -123,7 +123,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
     for label, measured in results.items():
         for result in measured:
             row = {"model": stage_label(label), "protocol": result.protocol, "context": result.context}
-            mse = "" if result.mse is None else f"{result.mse:.3g}"  # over a table, it spans several powers of ten
+            mse = "" if result.mse is None else figure(result.mse, 3)  # over a table, it spans several powers of ten
             row |= {"MAE": result.mae, "95 % interval": interval(result), "MSE": mse, "RMSE": result.rmse}
             if result.mae_per_variable is not None and len(result.mae_per_variable) == 2:
                 row |= dict(zip(("MAE prey", "MAE predator"), result.mae_per_variable, strict=True))
@@ -140,7 +140,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[str] = ()) -> pd.DataFrame:
-    """P5 errors, mean absolute with its interval and mean squared, one row a model, and published Qwen rows beneath.
+    """P5 errors, one row a model, and published Qwen rows beneath; at each context mean absolute, with its interval, and mean squared.
 
     Parameters
     ----------
@@ -149,13 +149,19 @@ def side_by_side(results: Mapping[str, Sequence[Result]], published: Sequence[st
     published : sequence of str
         Stages of `PUBLISHED` to set beside them.
     """
-    table = {
-        stage_label(label): {f"S = {row.context}": _errors(row) for row in rows} for label, rows in results.items()
-    }
+    table: dict[str, dict[tuple[str, str], str]] = {}
+    for label, rows in results.items():
+        cells = {row.context: _errors(row) for row in rows}
+        table[stage_label(label)] = _by_context(cells)
     for stage in published:
-        label = f"{stage_label(stage)}: {PUBLISHED_SOURCE}"
-        table[label] = {f"S = {context}": f"{mae:.4f}; {mse:.3g}" for context, (mae, mse) in PUBLISHED[stage].items()}
-    return pd.DataFrame(table).T.rename_axis("P5 MAE (95 % interval); MSE", axis=1)
+        cells = {context: (f"{mae:.4f}", figure(mse, 3)) for context, (mae, mse) in PUBLISHED[stage].items()}
+        table[f"{stage_label(stage)}: {PUBLISHED_SOURCE}"] = _by_context(cells)
+    return pd.DataFrame(table).T.rename_axis(["P5", ""], axis=1)
+
+
+def _by_context(cells: Mapping[int, tuple[str, str]]) -> dict[tuple[str, str], str]:
+    names = ("MAE (95 % interval)", "MSE")
+    return {(f"S = {s}", name): cell for s, pair in cells.items() for name, cell in zip(names, pair, strict=True)}
 
 
 def live_agreement(live: Sequence[Result], recorded: Sequence[Result], tolerance: float = 1e-3) -> pd.DataFrame:
@@ -206,9 +212,11 @@ def extremes(result: Result) -> dict[str, int]:
 def published_table(stages: Sequence[str] = tuple(PUBLISHED)) -> str:
     """The published P5 figures of Qwen2.5-0.5B in Markdown, with their source: mean absolute and mean squared error."""
     contexts = list(next(iter(PUBLISHED.values())))
-    lines = markdown_header("Qwen2.5-0.5B, published: P5 MAE; MSE", *(f"S = {s}" for s in contexts))
+    names = [f"{error}, S = {s}" for error in ("MAE", "MSE") for s in contexts]
+    lines = markdown_header("P5, Qwen2.5-0.5B, published", *names)
     for stage in stages:
-        cells = [f"*{mae:.4f}; {mse:.3g}*" for mae, mse in PUBLISHED[stage].values()]
+        maes, mses = zip(*PUBLISHED[stage].values(), strict=True)
+        cells = [*(f"*{mae:.4f}*" for mae in maes), *(f"*{figure(mse, 3)}*" for mse in mses)]
         lines.append(f"| *{stage_label(stage)}* | {' | '.join(cells)} |")
     said = (
         "Measured by others on the course's own data file and **not run here**: figures as printed in the README of the write-up whose runs are "
@@ -222,7 +230,8 @@ def interval(result: Result) -> str:
     return "" if result.ci_mae is None else f"{result.ci_mae[0]:.4f}–{result.ci_mae[1]:.4f}"
 
 
-def _errors(result: Result) -> str:
-    """Both mean errors of a result in a cell."""
-    between = f" ({interval(result)})" if result.ci_mae else ""
-    return NO_FORECAST if result.mae is None else f"{result.mae:.4f}{between}; {result.mse:.3g}"
+def _errors(result: Result) -> tuple[str, str]:
+    """Both mean errors of a result, the first with its interval."""
+    if result.mae is None or result.mse is None:
+        return NO_FORECAST, ""
+    return f"{result.mae:.4f}" + (f" ({interval(result)})" if result.ci_mae else ""), figure(result.mse, 3)

@@ -81,9 +81,9 @@ def test_the_spending_follows_the_ledger(tmp_path, monkeypatch):
     assert "No ledger" in report.spending_table()
     ledger = tmp_path / "ledger.csv"
     ledger.write_text("stage,kind,flops\ninitial,train,3e13\ninitial,validate,1e13\nfinal,train,6e13\n")
-    assert report.spending_table().splitlines()[-1] == "| **all** | 9e+13 | 1e+13 | 1e+14 | 0.1000% |"
+    assert report.spending_table().splitlines()[-1] == "| **all** | 9e13 | 1e13 | 1e14 | 0.1000% |"
     ledger.write_text("stage,kind,flops\ninitial,train,3e14\n")
-    assert report.spending_table().splitlines()[-1] == "| **all** | 3e+14 | 3e+14 | 0.3000% |"
+    assert report.spending_table().splitlines()[-1] == "| **all** | 3e14 | 3e14 | 0.3000% |"
 
 
 def test_the_pre_training_follows_its_record(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_the_pre_training_follows_its_record(tmp_path, monkeypatch):
     (tmp_path / "base" / "pretraining.json").write_text(json.dumps(record))
     assert report.pretraining_summary() == (
         "Pre-training took 14 million tokens in 3 sittings (5 million in 5 minutes on one; 9 million in 9 minutes on two) "
-        "and 1.5e+15 FLOPs, which are not charged to the 1e+17."
+        "and 1.5e15 FLOPs, which are not charged to the 1e17."
     )
 
 
@@ -151,7 +151,8 @@ def test_results_table_shows_invalid_forecasts_and_changes():
 
 def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
     table = report.side_by_side({"ours": [make_result(0.2)], "bad": [make_result(None)]}, ["final"])
-    assert list(table["S = 128"]) == ["0.2000 (0.1800–0.2200); 0.04", "no valid forecast", "0.0726; 0.0263"]
+    assert list(table["S = 128"].iloc[:, 0]) == ["0.2000 (0.1800–0.2200)", "no valid forecast", "0.0726"]
+    assert list(table["S = 128"]["MSE"]) == ["0.04", "", "0.0263"]
     assert "not run here" in table.index[2]
 
 
@@ -173,7 +174,7 @@ def test_what_pre_training_cost_follows_its_record(tmp_path, monkeypatch):
     record = sittings[-1] | {"before": sittings[:-1], "total": {"flops": 2e15}}
     (tmp_path / "base" / "pretraining.json").write_text(json.dumps(record))
     said = report.pretraining_cost()
-    assert "2e+15 FLOPs, not charged to the 1e+17, 75% of them on one one" in said and "validation series" in said
+    assert "2e15 FLOPs, not charged to the 1e17, 75% of them on one one" in said and "validation series" in said
 
 
 def test_a_second_measurement_completes_a_record_and_changes_none_of_its_figures(tmp_path, monkeypatch):
@@ -260,3 +261,20 @@ def test_a_picture_of_ones_own_forecast_shows_bands_and_truth(held_back):
     band = first.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((1, 9))
     plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "written"),
+    [(2.5e14, 2, "2.5e14"), (1e17, 4, "1e17"), (6.87e-5, 3, "6.87e-5"), (-3e-12, 2, "-3e-12"), (1e100, 1, "1e100"), (0.0310, 4, "0.031"), (0.0, 4, "0")],
+)  # fmt: skip
+def test_figures_are_written_as_people_write_them(value, digits, written):
+    assert report.findings.figure(value, digits) == written and float(written) == value
+
+
+def test_what_several_stages_have_in_common_is_said_once():
+    before = {"untrained": [make_result(0.2, s) for s in (128, 512)]}
+    later = {stage: [make_result(0.1, s) for s in (128, 512)] for stage in ("initial", "final", "extended")}
+    said = headline._verdicts(before | later)
+    assert said.endswith("*initial*, *final* and *extended*: better at every S.")
+    mixed = headline._verdicts(before | later | {"final": [make_result(0.1), make_result(0.3, 512)]})
+    assert mixed.count("better at every S") == 1 and "*final*: S = 128, better; S = 512, worse." in mixed
