@@ -65,7 +65,9 @@ def bought(base: str = "embedded") -> str:
             f"S = {row.context}, {change[0]:+.0f} % ({change[1]:+.0f} to {change[2]:+.0f}), {verdict(change)}"
             for row, change in zip(results[stage], changes, strict=True)
         )
-        said.append(f"For {spent[stage] / spent[first]:.1f} times the price of *{first}*, *{stage}* has, against it: {words}.")
+        said.append(
+            f"For {spent[stage] / spent[first]:.1f} times the price of *{first}*, *{stage}* has, against it: {words}."
+        )
     return "\n".join([*lines, "", " ".join(said), "", _by_half(base, spent)])
 
 
@@ -101,9 +103,7 @@ def gap_passage(base: str = "embedded") -> str:
             for row in rows
         ]
         lines.append(f"| {stage_label(str(stage))} | {' | '.join(cells)} |")
-    basis = "; ".join(
-        f"S = {row.context}: {row.mae:.4f}, from {row.n_mixed} of {row.n} windows" for row in rows
-    )
+    basis = "; ".join(f"S = {row.context}: {row.mae:.4f}, from {row.n_mixed} of {row.n} windows" for row in rows)
     absent = [str(s) for s, found in floors.items() if not len(found)]
     said = f"The floor's own mean absolute error, on equal terms: {basis}. 95 % bootstrap intervals in brackets."
     return "\n".join([*lines, "", said + (f" Not computed yet: S = {', '.join(absent)}." if absent else "")])
@@ -120,7 +120,11 @@ def on_qwen() -> str:
     for stage, settings in runs.items():
         if settings is not None:
             price = training_flops(
-                QWEN_05B, settings.batch_size, settings.max_length, lora_r=settings.lora_r, target_modules=settings.target_modules
+                QWEN_05B,
+                settings.batch_size,
+                settings.max_length,
+                lora_r=settings.lora_r,
+                target_modules=settings.target_modules,
             )
             lines.append(
                 f"| {stage_label(stage)} | {price:.3g} | {settings.max_steps:,} | {settings.max_steps * price / CAP:.1%} | {CAP // price:,} |"
