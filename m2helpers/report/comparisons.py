@@ -43,8 +43,10 @@ def plot_before_after(
                 ax.plot(ahead, middle[:, column], "--", color=colour, lw=1.3, label=f"{name}, median forecast")
                 ax.fill_between(ahead, low[:, column], high[:, column], color=colour, alpha=0.22, lw=0)
             ax.axvline((time[first - 1] + time[first]) / 2, color="0.4", lw=1, ls=":")
-            ax.label_outer()
-        row[0].set_ylabel(f"{stage_label(stage)}\npopulation")
+            last_row, first_column = stage == list(bands)[-1], ax is row[0]
+            ax.set(
+                xlabel="time" if last_row else "", ylabel=f"{stage_label(stage)}\npopulation" if first_column else ""
+            )
     for ax, title in zip(axes[0], windows, strict=True):
         ax.set_title(title, loc="left", fontsize="medium")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -62,7 +64,7 @@ def scatter_log(ax: Axes, x: np.ndarray, y: np.ndarray, **marks: Any) -> None:
     look = {"ms": 4, "alpha": 0.6} | marks
     ax.loglog(placed[0][~zero], placed[1][~zero], "o", **look)
     if zero.any():
-        edge = {"mfc": "none", "clip_on": False, "label": f"an error of zero: {zero.sum()}"}
+        edge = {"mfc": "none", "alpha": 1, "clip_on": False, "zorder": 3, "label": f"an error of zero: {zero.sum()}"}
         ax.loglog(placed[0][zero], placed[1][zero], "o", **look | edge)
     for values, low, limit in zip((x, y), edges, (ax.set_xlim, ax.set_ylim), strict=True):
         if (values == 0).any():
