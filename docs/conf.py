@@ -11,6 +11,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 import m2helpers
+from m2helpers.report.slides import argument, write_slides
 
 # nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
 os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
@@ -88,6 +89,13 @@ def _link_to_pages(app, docname, source) -> None:
         source[0] = source[0].replace("](../docs/", "](../").replace("](diagrams/", "](../../notebooks/diagrams/")
 
 
+def _write_slides(app, exception) -> None:
+    """The slides stand beside the pages; their figures are those of the notebooks that the site shows."""
+    if exception is None and app.builder.format == "html":
+        source, out = Path(app.srcdir), Path(app.outdir)
+        write_slides(argument(), source / "notebooks", source.parent / "notebooks" / "diagrams", out / "slides.html")
+
+
 def _keep_colons(app, what, name, obj, options, lines) -> None:
     """In an attribute's first line napoleon takes what stands before a colon for a type: give it a comment."""
     if what == "attribute":
@@ -98,4 +106,5 @@ def setup(app) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon's 500
     app.connect("source-read", _link_to_pages)
+    app.connect("build-finished", _write_slides)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
