@@ -66,6 +66,7 @@ def scatter_log(ax: Axes, x: np.ndarray, y: np.ndarray, **marks: Any) -> None:
     if zero.any():
         edge = {"mfc": "none", "alpha": 1, "clip_on": False, "zorder": 3, "label": f"an error of zero: {zero.sum()}"}
         ax.loglog(placed[0][zero], placed[1][zero], "o", **look | edge)
-    for values, low, limit in zip((x, y), edges, (ax.set_xlim, ax.set_ylim), strict=True):
-        if (values == 0).any():
-            limit(low, None)
+    if (x == 0).any():
+        ax.set_xlim(left=edges[0])
+    if (y == 0).any():
+        ax.set_ylim(bottom=edges[1])

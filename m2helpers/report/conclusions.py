@@ -111,9 +111,9 @@ def gap_passage(base: str = "embedded") -> str:
 
 def on_qwen() -> str:
     """What the same plan would be on Qwen2.5-0.5B, in Markdown: nothing of it was run, all of it follows from the architecture."""
-    plan, step = PLANS["qwen2.5-0.5b"], dict(batch_size=4, length=512, lora_r=8)
-    account = forward_account(QWEN_05B, **step, loss=True)
-    small = forward_account(QWEN_05B, **step, loss=True, vocabulary=14)
+    plan = PLANS["qwen2.5-0.5b"]
+    account = forward_account(QWEN_05B, 4, 512, lora_r=8, loss=True)
+    small = forward_account(QWEN_05B, 4, 512, lora_r=8, loss=True, vocabulary=14)
     head = sum(account.components[part] for part in ("lm_head", "head bias", "loss")) / account.forward
     runs = {stage: getattr(plan, stage) for stage in ("initial", *FINAL_STAGES)}
     lines = markdown_header("run", "FLOPs a step", "steps planned", f"share of {CAP:.0e}", "steps it buys")
