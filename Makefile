@@ -8,11 +8,13 @@
 SHELL := /bin/sh
 PY := .venv/bin/python
 READY := .venv/.installed
-STYLED := m2helpers tests tools notebooks conftest.py setup.py docs/conf.py
+STYLED := m2helpers tests tools notebooks solutions binder/colab.ipynb conftest.py setup.py docs/conf.py
 # Side by side, a worker a core; no test wants more than one thread. A group of tests that share much memory stays together.
 TWO_WORKERS := -n 2 --dist loadgroup
 SPHINXOPTS ?=
 TORCH_INDEX ?=
+# Solutions are shown as they are committed.
+SOLUTIONS = rm -rf docs/solutions && cp -r solutions docs/solutions
 BUILD_SITE = $(PY) -m sphinx -q -b html -d docs/_build/doctrees $(SPHINXOPTS) docs docs/_build/html
 SHOW_SITE = printf '\nThe report: %s\n' "$$PWD/docs/_build/html/index.html"
 # What a Python answers: its version if it will do, else nothing.
@@ -38,6 +40,7 @@ endif
 report: $(READY)
 	@rm -rf docs/notebooks
 	@$(PY) tools/notebooks.py --output-dir docs/notebooks
+	@$(SOLUTIONS)
 	@echo 'Building the site'
 	@$(BUILD_SITE)
 	@$(SHOW_SITE)
@@ -47,11 +50,12 @@ check: lint
 
 test: $(READY)
 	$(PY) -m pytest $(TWO_WORKERS) tests
-	$(PY) -m pytest --nbval notebooks
+	$(PY) -m pytest --nbval notebooks solutions
 
 # Executes the notebooks where they are: refreshes the committed outputs and the record of what each one costs.
 notebooks: $(READY)
 	@$(PY) tools/notebooks.py --in-place
+	@$(PY) tools/notebooks.py --in-place solutions/*.ipynb
 
 readme: $(READY)
 	$(PY) -m m2helpers readme
@@ -66,6 +70,7 @@ types: $(READY)
 # The site from the notebooks as they are committed; nothing is executed.
 docs: $(READY)
 	@rm -rf docs/notebooks && mkdir docs/notebooks && cp notebooks/*.ipynb docs/notebooks/
+	@$(SOLUTIONS)
 	$(BUILD_SITE)
 	@$(SHOW_SITE)
 
@@ -74,7 +79,7 @@ lab: $(READY)
 
 # Removes what was built, and keeps .venv.
 clean:
-	rm -rf docs/_build docs/_autosummary docs/notebooks build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf docs/_build docs/_autosummary docs/notebooks docs/solutions build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # pip is the last thing that making a .venv writes, so this file says that it is whole.
 .venv/bin/pip:

@@ -13,9 +13,10 @@ from sphinx.util import logging
 
 import m2helpers
 from m2helpers.report.live import write_live
+from m2helpers.report.slides import argument, write_slides
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.pages import rework  # noqa: E402
+from tools.pages import rework
 
 # nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
 os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
@@ -99,6 +100,13 @@ def _rework_notebook(app, document) -> None:
         rework(document)
 
 
+def _write_slides(app, exception) -> None:
+    """The slides stand beside the pages; their figures are those of the notebooks that the site shows."""
+    if exception is None and app.builder.format == "html":
+        source, out = Path(app.srcdir), Path(app.outdir)
+        write_slides(argument(), source / "notebooks", source.parent / "notebooks" / "diagrams", out / "slides.html")
+
+
 def _keep_colons(app, what, name, obj, options, lines) -> None:
     """In an attribute's first line napoleon takes what stands before a colon for a type: give it a comment."""
     if what == "attribute":
@@ -124,4 +132,5 @@ def setup(app) -> None:
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon's 500
     app.connect("source-read", _link_to_pages)
     app.connect("doctree-read", _rework_notebook)
+    app.connect("build-finished", _write_slides)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))

@@ -81,8 +81,7 @@ def floor(
         If `emcee` or `numba` is not installed and there is something to compute.
     """
     cases = make_cases(dataset.part(split), codec, "P5", context)[:limit]
-    name = f"P5-{split}-{context}-{dataset.sha256[:16]}.npz"
-    mark = sha256_json([_VERSION, law.sha256, dataset.sha256, codec.scale, codec.precision])
+    name, mark = _cached_as(dataset, codec, law, context, split)
     found = max((_read(folder / name, mark) for folder in (cache, SHIPPED_FLOORS)), key=len)
     rows = [tuple(getattr(found, f.name)[i] for f in fields(Floor)) for i in range(len(found))]
     todo = range(len(rows), len(cases))
@@ -94,6 +93,20 @@ def floor(
                 values = {f.name: getattr(found, f.name).astype(np.float32) for f in fields(Floor)}
                 np.savez_compressed(stream, mark=np.array(mark), **values)
     return Floor(*(getattr(found, f.name)[: len(cases)] for f in fields(Floor)))
+
+
+def recorded_floor(
+    dataset: Dataset, codec: Codec, law: Law, context: int, split: str = "test", folder: Path = SHIPPED_FLOORS
+) -> Floor:
+    """What was computed before, as far as it went, and nothing more; it has no rows where there is no record."""
+    name, mark = _cached_as(dataset, codec, law, context, split)
+    return _read(folder / name, mark)
+
+
+def _cached_as(dataset: Dataset, codec: Codec, law: Law, context: int, split: str) -> tuple[str, str]:
+    """The name of a cache, and what it must say of itself."""
+    mark = sha256_json([_VERSION, law.sha256, dataset.sha256, codec.scale, codec.precision])
+    return f"P5-{split}-{context}-{dataset.sha256[:16]}.npz", mark
 
 
 def _predict(dataset: Dataset, codec: Codec, law: Law, case: Case, seed: list[int]) -> tuple:

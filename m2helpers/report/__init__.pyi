@@ -1,3 +1,5 @@
+from .comparisons import plot_before_after as plot_before_after
+from .comparisons import scatter_log as scatter_log
 from .distributions import by_step_table as by_step_table
 from .distributions import distributions_table as distributions_table
 from .distributions import plot_pit as plot_pit
@@ -44,3 +46,5 @@ from .tables import verdict as verdict
 from .terms import beside_the_law as beside_the_law
 from .terms import duels_table as duels_table
 from .terms import terms_table as terms_table
+from .verdicts import all_fall as all_fall
+from .verdicts import expected as expected

@@ -12,6 +12,7 @@ from ..data import load_dataset, statistics_table
 from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
 from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
+from .conclusions import answer, bought, gap_passage, limits, on_qwen
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, figure, markdown_header, seeds_table, sweeps_table
 from .goals import goals_table
@@ -141,6 +142,11 @@ def blocks() -> dict[str, str]:
         "terms": terms_table(),
         "duels": duels_table(),
         "law": beside_the_law(),
+        "answer": answer(),
+        "bought": bought(),
+        "floor-gap": gap_passage(),
+        "on-qwen": on_qwen(),
+        "limits": limits(),
         "distributions": recorded_distributions(),
         "distributions-by-step": by_step_table(),
         "pretraining": pretraining_summary(),
