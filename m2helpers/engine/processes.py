@@ -22,7 +22,7 @@ from ..files import UserError
 
 TIMEOUT = timedelta(minutes=15)  # that one may wait for another: a ledger that cannot be reached takes three
 T = TypeVar("T")
-Rows = TypeVar("Rows", range, np.ndarray, torch.Tensor)
+Rows = TypeVar("Rows", range, list, np.ndarray, torch.Tensor)
 
 
 class EndedElsewhere(UserError):

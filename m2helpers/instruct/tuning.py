@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -245,6 +246,10 @@ def _trainer(work: _Work, folder: Path, *, save: bool, label: str) -> _Trainer:
         report_to="none",
         disable_tqdm=True,
     )
+    # Several processes have read the same frozen weights: they need not send them, and could not once four-bit ones are repacked.
+    kept = [name for name, p in work.model.named_parameters() if not p.requires_grad]
+    kept += [name for name, _ in work.model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(work.model, kept)
     trainer = _Trainer(
         work.model,
         arguments,

@@ -88,7 +88,7 @@ def benchmarks_table() -> str:
 def cluster_table() -> str:
     """How much sooner a small plan is done by two workers, in Markdown."""
     if not CLUSTER_TIMES.is_file():
-        return "No plan on a cluster has been timed."
+        return "Not timed yet: `python -m tests.campaigns.cluster` does it, on a machine that is idle."
     record = read_json(CLUSTER_TIMES)
     lines = markdown_header("", "seconds", "times as fast")
     for row in record["rows"]:

@@ -25,7 +25,7 @@ from m2helpers.experiments.timing import machine
 from m2helpers.files import read_json, write_json
 from m2helpers.paths import CLUSTER_TIMES
 
-STEPS, SEEDS = 100, 4
+STEPS, SEEDS = 60, 4
 PLAN = replace(
     PLANS["embedded"],
     final=replace(PLANS["embedded"].final, max_steps=STEPS, save_steps=STEPS // 2, max_length=512),

@@ -18,13 +18,16 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from m2helpers import models, training
 from m2helpers.__main__ import main
 from m2helpers.engine import processes
 from m2helpers.files import read_json
+from m2helpers.flops import QWEN_15B
 from m2helpers.flops.account import CAP
 from m2helpers.ledger import Ledger
+from m2helpers.models import embedded_tokenizer
 from m2helpers.pretraining import batches, synthetic
 from m2helpers.pretraining import run as pretraining
 from tests.campaigns.resume import TINY, make_inputs
@@ -258,13 +261,17 @@ def test_torchrun_starts_them(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_starts_a_run_on_instructions(inputs, tmp_path, monkeypatch, capsys):
-    """Trainer deals its rows out; held against one process, in bfloat16 where the machine is fast at it."""
+def test_accelerate_starts_a_run_on_instructions(tmp_path, monkeypatch, capsys):
+    """Trainer deals its rows out, over a base in four bits, which one process alone has answered with before; held against one process."""
+    narrow = dict(num_hidden_layers=2, hidden_size=192, intermediate_size=128, vocab_size=259, eos_token_id=258)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**QWEN_15B | narrow, initializer_range=0.3)).save_pretrained(tmp_path / "narrow")
+    embedded_tokenizer().save_pretrained(tmp_path / "narrow")
     rows = [{"instruction": "Next?", "input": "1;" * n, "output": str(n)} for n in range(1, 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["instruct", f"--train={tmp_path / 'rows.jsonl'}", f"--val={tmp_path / 'rows.jsonl'}"]
-    words += [f"--model={inputs / 'base'}", *_flags(dict(lora_r=2, lora_dropout=0, epochs=1, batch_size=1))]
-    words += _flags(dict(max_length=128, four_bit=0, answers=4))
+    words += [f"--model={tmp_path / 'narrow'}", *_flags(dict(lora_r=2, lora_dropout=0, epochs=1, batch_size=1))]
+    words += _flags(dict(max_length=128, four_bit=1, answers=4))
     launch = ["launch", "--multi_gpu", "--num_processes=2", "-m", "m2helpers"]
     printed = _launched("accelerate", [*launch, *words, f"--output-dir={tmp_path / 'shared'}"], tmp_path)
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "alone.sqlite"))
