@@ -240,8 +240,8 @@ def read_json(path: str | os.PathLike) -> Any:  # what is in it is for the reade
         If the file is missing, cannot be read or is not JSON.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device")
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise OSError(errno.EINVAL, "it is a pipe or a device")
         return json.loads(read_at_most(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name") from None

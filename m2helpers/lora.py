@@ -267,6 +267,8 @@ def adapter_settings(folder: Path) -> LoraSettings:
         )
     try:
         rank, alpha, dropout, targets = (config[option] for option in _SETTINGS)
+        if not (0 <= float(dropout) < 1 and math.isfinite(float(alpha))):
+            raise ValueError(f"lora_dropout {dropout}, lora_alpha {alpha}")
         return LoraSettings(int(rank), float(alpha), float(dropout), tuple(sorted(targets)))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a LoRA adapter's settings ({error}); train or copy the run again") from None

@@ -21,7 +21,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 @pytest.mark.slow
 def test_inputs_that_nobody_checked_end_in_a_result_or_in_one_line():
     """In a process of its own: it limits its memory, and watches what Python does."""
-    command = [sys.executable, "-m", "tests.campaigns.fuzz", "150", "--seed", "1"]
+    command = [sys.executable, "-m", "tests.campaigns.fuzz", "100", "--seed", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -31,7 +31,7 @@ def test_inputs_that_nobody_checked_end_in_a_result_or_in_one_line():
         "refused",
         "usage",
     }
-    assert sum(ended["csv"].values()) == 33 and ended["csv"]["done"] and ended["csv"]["refused"]
+    assert sum(ended["csv"].values()) == 22 and ended["csv"]["done"] and ended["csv"]["refused"]
 
 
 @linux
@@ -39,8 +39,8 @@ def test_inputs_that_nobody_checked_end_in_a_result_or_in_one_line():
 @pytest.mark.parametrize(
     "name, met",
     [
-        ("train", [("ENOSPC", 3), ("SIGTERM", 5), ("removed", 4)]),
-        ("instruct", [("EROFS", 6)]),
+        ("train", [("ENOSPC", 3), ("SIGHUP", 5), ("removed", 4)]),
+        ("instruct", [("EROFS", 1)]),
         ("forecast", [("EACCES", 1), ("memory", 1)]),
         ("ledger", [("ENOSPC", 1)]),
     ],
@@ -50,7 +50,8 @@ def test_what_goes_wrong_under_a_run_costs_nothing_that_was_saved(name, met, tmp
     campaign = faults.Campaign(name, tmp_path)
     for kind, at in met:
         campaign.meet(faults.Fault(kind, at=at))
-    assert sum(campaign.met.values()) == len(met) and campaign.met.keys() == {f"{kind}: {'refused'}" for kind, _ in met}
+    ended = {"SIGHUP": "killed"}  # which nothing answers; all else in one line
+    assert campaign.met == {f"{kind}: {ended.get(kind, 'refused')}": 1 for kind, _ in met}
 
 
 @pytest.mark.slow

@@ -343,9 +343,12 @@ def _flags() -> dict[str, list[str]]:
 
 
 def run(
-    readers: dict[str, int], seed_: int, note: Callable[[str], None] = lambda text: None
+    readers: dict[str, int],
+    seed_: int,
+    note: Callable[[str], None] = lambda text: None,
+    keep: Callable[[str, dict[str, int]], None] = lambda reader, counts: None,
 ) -> dict[str, dict[str, int]]:
-    """So many inputs through each reader; return how they ended."""
+    """So many inputs through each reader; return how they ended, and `keep` it of each that is done without a failure."""
     import m2helpers.__main__
     import m2helpers.evaluation.heldback
     import m2helpers.forecasting
@@ -386,7 +389,9 @@ def run(
 
             with bench.small(reader):
                 each()
-            ended[reader] = dict(counts)
+            ended[reader] = {how: count for how, count in counts.items() if count}
+            if not counts["failed"]:
+                keep(reader, ended[reader])
             note(f"{reader}: {dict(counts)}, {time.monotonic() - started:.0f} s")
         assert not failures, f"{len(failures)} kinds of failure\n\n" + "\n\n".join(failures.values())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -404,12 +409,16 @@ def main() -> int:
     given_ = parser.parse_args()
     shares = {reader: SHARES[reader] for reader in given_.only or SHARES}
     counts = {reader: round(given_.count * share) for reader, share in shares.items()}
-    ended = run(counts, given_.seed, lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(ended))
-    if given_.record:
-        from tests.campaigns.record import record
 
-        record("fuzz", {"seed": given_.seed, "ended": ended})
+    def keep(reader: str, counts: dict[str, int]) -> None:
+        from tests.campaigns.record import known, record
+
+        if given_.record:
+            before = known("fuzz").get("ended", {}) if known("fuzz").get("seed") == given_.seed else {}
+            record("fuzz", {"seed": given_.seed, "ended": before | {reader: counts}})
+
+    ended = run(counts, given_.seed, lambda text: print(text, file=sys.stderr, flush=True), keep)
+    print(json.dumps(ended))
     return 0
 
 

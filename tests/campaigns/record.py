@@ -12,10 +12,15 @@ from m2helpers.paths import ROOT
 RECORD = ROOT / "docs" / "trust.json"
 
 
+def known(campaign: str) -> dict[str, Any]:
+    """What the record says of a campaign; nothing before the first."""
+    return (read_json(RECORD) if RECORD.exists() else {}).get(campaign, {})
+
+
 def record(campaign: str, entry: dict[str, Any]) -> None:
     """Put a campaign's outcome in the place of the one before."""
-    known = read_json(RECORD) if RECORD.exists() else {}
+    before = read_json(RECORD) if RECORD.exists() else {}
     write_json(
         RECORD,
-        dict(sorted({**known, campaign: {"date": date.today().isoformat(), "machine": machine(), **entry}}.items())),
+        dict(sorted({**before, campaign: {"date": date.today().isoformat(), "machine": machine(), **entry}}.items())),
     )
