@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+from decimal import Decimal
 
 from docutils import nodes
 
 CONCLUSION = "What we saw"  # its code assembles sentences from variables: the page shows the sentences alone
 FOLDED = {"picture": "Code of the picture", "checks": "Code that checks this", "words": "Code of these words"}
 _LONGEST = 300  # characters of a description
+_DECIMALS = 4  # so small a number is written out
 
 
 def rework(document: nodes.document) -> None:
@@ -55,7 +57,7 @@ def kind_of(code: str, outputs: list[nodes.Node]) -> str:
         statements = ast.parse(code).body
     except SyntaxError:  # a line for the shell
         return ""
-    checks = sum(isinstance(statement, ast.Assert) for statement in statements)
+    checks = sum(any(isinstance(part, ast.Assert) for part in ast.walk(statement)) for statement in statements)
     if checks and 2 * checks >= len(statements):
         return "checks"
     return "words" if "Markdown(" in code else ""
@@ -103,13 +105,15 @@ def _one_header(match: re.Match) -> str:
 
 
 def plain_powers(text: str) -> str:
-    """2.5000e+14 → 2.5e14, 1.0e-03 → 1e-3, 0.000e+00 → 0."""
+    """2.5000e+14 → 2.5e14, 2.5e-03 → 0.0025, 6.87e-05 → 6.87e-5, 0.000e+00 → 0."""
     text = re.sub(r"\b0\.?0*e[+]00\b", "0", text)
     return re.sub(r"(\d(?:\.\d+)?)e([+-])0*(\d+)\b", _plain_power, text)
 
 
 def _plain_power(match: re.Match) -> str:
     number, sign, power = match.groups()
+    if sign == "-" and int(power) <= _DECIMALS:
+        return f"{Decimal(match[0]).normalize():f}"
     number = number.rstrip("0").rstrip(".") if "." in number else number
     return f"{number}e{sign.strip('+')}{power}"
 

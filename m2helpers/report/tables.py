@@ -123,7 +123,7 @@ def results_table(results: Mapping[str, Sequence[Result]], reference: str | None
     for label, measured in results.items():
         for result in measured:
             row = {"model": stage_label(label), "protocol": result.protocol, "context": result.context}
-            mse = "" if result.mse is None else figure(result.mse, 3)  # over a table, it spans several powers of ten
+            mse = "" if result.mse is None else f"{result.mse:.3g}"  # over a table, it spans several powers of ten
             row |= {"MAE": result.mae, "95 % interval": interval(result), "MSE": mse, "RMSE": result.rmse}
             if result.mae_per_variable is not None and len(result.mae_per_variable) == 2:
                 row |= dict(zip(("MAE prey", "MAE predator"), result.mae_per_variable, strict=True))
