@@ -2,10 +2,12 @@
 
 import json
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from m2helpers.cli.pages import Bench
 from m2helpers.experiments import bench
 from m2helpers.experiments.bench import BENCHMARKS, run_benchmark
 from m2helpers.files import UserError
@@ -60,6 +62,11 @@ def test_both_sides_are_timed_and_compared(name, quick, long_data):
         name, 3
     )
     assert not Ledger(quick / "ledger.sqlite").entries()
+
+
+def test_the_command_offers_every_benchmark():
+    """Its names stand there once more, so that help need not load the benchmarks."""
+    assert set(get_args(get_type_hints(Bench)["name"])) == {*BENCHMARKS, "classic"}
 
 
 def test_another_name_is_refused(long_data, tmp_path):
