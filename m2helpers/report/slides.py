@@ -119,7 +119,7 @@ section > div > :first-child { margin-top: 0; }
 figure { flex: 1; min-height: 0; margin: 1vh 0 0; display: flex; justify-content: center; align-items: center; }
 figure img { width: 100%; height: 100%; object-fit: contain; }
 img.png { background: #fff; border-radius: 6px; padding: 6px; }
-.words div { font-size: .82em; max-width: 75em; }
+.words div { font-size: .92em; max-width: 70em; }
 table { border-collapse: collapse; margin: .6em 0; }
 td, th { border-bottom: 1px solid var(--line); padding: .25em .8em .25em 0; text-align: left; }
 nav { position: fixed; right: 1.2vw; bottom: 1vh; display: flex; gap: .6em; align-items: center; color: var(--faint); font-size: 15px; }
