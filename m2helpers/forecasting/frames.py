@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..models import Base, load_base
 from ..runs import Run, load_run
 from ..series import table_of
 from ..text import Codec
-from .tables import Forecasts, forecast_table
+from .tables import Forecasts, Outlook, forecast_table
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -30,11 +31,9 @@ def wide_frame(forecasts: Forecasts, levels: Sequence[float] | None = None) -> p
     for outlook in forecasts.outlooks:
         if outlook.problem:
             continue
-        blocks, names = _shortened(outlook.paths, outlook.history.values), list(table.variables)
+        blocks, names = _shortened(outlook.paths, outlook), list(table.variables)
         if levels:
-            bands = _shortened(
-                outlook.distribution.quantile(levels), outlook.history.values
-            )  # (levels, steps, variables)
+            bands = _shortened(outlook.distribution.quantile(levels), outlook)  # (levels, steps, variables)
             blocks = bands.transpose(1, 2, 0).reshape(1, len(bands[0]), -1)
             names = [f"{variable}_{level:g}" for variable in table.variables for level in levels]
         for sample, block in enumerate(blocks):
@@ -70,17 +69,15 @@ def long_frame(forecasts: Forecasts, levels: Sequence[float] = LEVELS) -> pd.Dat
     return pd.concat(parts, ignore_index=True)
 
 
-def _shortened(values: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Paths (..., steps, variables) with nine digits of what moves: more where a large level stands still."""
-    size, spread = np.abs(history).max(axis=0), np.ptp(history, axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        still = np.where(spread > 0, np.log10(size / spread), 0.0)
-    digits = 9 + np.clip(np.floor(still), 0, 7).astype(int)
-    columns = [
-        [float(f"{x:.{n}g}") for x in column.ravel()]
-        for column, n in zip(np.moveaxis(values, -1, 0), digits, strict=True)
-    ]
-    return np.array(columns).T.reshape(values.shape)
+def _shortened(values: np.ndarray, outlook: Outlook) -> np.ndarray:
+    """Paths (..., steps, variables) with one digit more than their text has, for it knows no more."""
+    columns = list(np.moveaxis(values, -1, 0))
+    for i, unit in enumerate(np.broadcast_to(outlook.resolution, len(columns)).tolist()):
+        if unit > 0:
+            decimals = 1 - math.floor(math.log10(unit))
+            rounded = [round(x, decimals) for x in columns[i].ravel().tolist()]
+            columns[i] = np.array(rounded).reshape(columns[i].shape)
+    return np.stack(columns, axis=-1)
 
 
 def _free(name: str, names: Sequence[str], time_name: str | None) -> str:

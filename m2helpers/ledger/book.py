@@ -129,10 +129,11 @@ def ledger_path(base: Payer | str) -> Path | str:
 
 
 def ledger_note(name: str, path: Path | str) -> str:
-    """What has to be said beside a ledger that does not bear the name of the base whose it is; else empty."""
+    """What has to be said beside a ledger that is not, or does not bear the name, of a base alone; else empty."""
+    if os.environ.get("M2_LEDGER"):
+        return " (named by M2_LEDGER: one budget for all bases)"
     shipped = name == EMBEDDED or Path(name).resolve() == EMBEDDED_BASE.resolve()
-    named = os.environ.get("M2_LEDGER") or shipped
-    if named or Path(path).parent.name.startswith(f"{short_name(name)}-"):
+    if shipped or Path(path).parent.name.startswith(f"{short_name(name)}-"):
         return ""
     return f" (of the same weights as {name}: one base, whatever a copy is called)"
 

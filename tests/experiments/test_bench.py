@@ -2,10 +2,12 @@
 
 import json
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from m2helpers.cli.pages import Bench
 from m2helpers.experiments import bench, timing
 from m2helpers.experiments.bench import BENCHMARKS, run_benchmark
 from m2helpers.files import UserError
@@ -69,6 +71,11 @@ def test_a_record_says_so_when_other_programs_ran_beside(quick, long_data, monke
         monkeypatch.setattr(timing.os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
         machine = run_benchmark("threads", long_data, quick / "b.json")["machine"]
         assert machine.endswith(", beside other load (3.2 running on average)") == told
+
+
+def test_the_command_offers_every_benchmark():
+    """Its names stand there once more, so that help need not load the benchmarks."""
+    assert set(get_args(get_type_hints(Bench)["name"])) == {*BENCHMARKS, "classic"}
 
 
 def test_another_name_is_refused(long_data, tmp_path):

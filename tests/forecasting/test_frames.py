@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from m2helpers.forecasting import LEVELS, Forecasts, Outlook, forecast_frame, forecast_table, wide_frame
 from m2helpers.series import table_of
@@ -48,9 +49,10 @@ def test_a_wide_frame_keeps_names_and_times(ramp, long, tiny_base):
     assert list(wide_frame(single).columns) == ["series", "sample", "step_", "step"]
 
 
-def test_a_large_level_keeps_its_digits(tiny_base):
-    table = table_of(pd.DataFrame({"a": 1e9 + np.sin(np.arange(20)) / 100}))
-    paths = 1e9 + np.array([[[0.001234], [0.002345]]])
+@pytest.mark.parametrize("size, level", [(1e-9, 0.0), (1.0, 0.0), (0.01, 1e7), (1e9, 0.0)])
+def test_a_forecast_has_a_digit_more_than_its_text(size, level):
+    table = table_of(pd.DataFrame({"a": level + size * np.sin(np.arange(20))}))
+    paths = level + size * np.array([[[0.123456789], [0.234567891]]])
     (history,) = table.histories
-    frame = wide_frame(Forecasts(table, [Outlook(history, None, paths)]))
-    np.testing.assert_allclose(frame["a"] - 1e9, [0.001234, 0.002345], atol=1e-6)
+    frame = wide_frame(Forecasts(table, [Outlook(history, None, paths, resolution=size / 100)]))
+    np.testing.assert_allclose((frame["a"] - level) / size, [0.123, 0.235], atol=2e-6)

@@ -237,6 +237,15 @@ def test_a_copy_is_the_same_base(net, home):
     assert ledger_path(str(home / "b" / "other")) != path
 
 
+def test_a_ledger_of_all_bases_says_so(net, home, monkeypatch, capsys):
+    """What another base has spent there is not taken for one's own."""
+    monkeypatch.setenv("M2_LEDGER", str(home / "all.sqlite"))
+    with default_ledger(net("a/net", b"weights")).reserve(WHO, train=_cost(600)) as bill:
+        bill.add("train", _cost(600))
+    assert main(["ledger", "--model", net("b/net", b"others")]) == 0
+    assert "all.sqlite (named by M2_LEDGER: one budget for all bases): 600 FLOPs spent" in capsys.readouterr().out
+
+
 def test_a_loaded_base_and_its_name_have_one_ledger(home, tiny_base, tiny_folder):
     base = tiny_base()
     assert ledger_path(base) == ledger_path(str(tiny_folder))
