@@ -15,7 +15,7 @@ import m2helpers
 from m2helpers.report.live import write_live
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.pages import rework  # noqa: E402
+from tools.pages import rework
 
 # nbsphinx calls pandoc by its name; the one that pypandoc_binary carries is enough.
 os.environ["PATH"] = str(Path(pypandoc.get_pandoc_path()).parent) + os.pathsep + os.environ["PATH"]
