@@ -283,7 +283,7 @@ def _check_rank(path: Path, rank: int) -> None:
             raise UserError(
                 f"{path}: {name} has shape {tuple(shape)}, and {ADAPTER_CONFIG} says r {rank}; train or copy the run again"
             )
-    if rank > 0 and not shapes:
+    if not shapes and rank > path.stat().st_size:
         raise UserError(f"{path}: holds no update of rank {rank}; train or copy the run again")
 
 

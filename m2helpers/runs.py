@@ -363,7 +363,7 @@ def export_run(folder: Path, output_dir: Path) -> None:
         model.generation_config.suppress_tokens = [t for t in range(model.config.vocab_size) if t not in numeric]
     card = (
         (find_run(Path(folder)) / "README.md")
-        .read_text(encoding="utf-8")
+        .read_text(encoding="utf-8", errors="replace")
         .replace("library_name: peft", "library_name: transformers")
     )
     about = (
