@@ -96,7 +96,7 @@ def _link_to_pages(app, docname, source) -> None:
 
 
 def _rework_notebook(app, document) -> None:
-    if app.env.docname.startswith("notebooks/"):
+    if app.env.docname.startswith(("notebooks/", "solutions/")):
         rework(document)
 
 

@@ -17,7 +17,7 @@ from ..flops.account import CAP, forward_account, training_flops
 from ..flops.architecture import QWEN_05B
 from ..paths import checkpoint_folder
 from ..simulator import law_of
-from .findings import markdown_header, seed_records
+from .findings import figure, markdown_header, seed_records
 from .tables import baseline_results, shipped_data, stage_results, verdict
 from .terms import LAW
 
@@ -54,7 +54,7 @@ def bought(base: str = "embedded") -> str:
     before = results["untrained"]
     for stage, flops in spent.items():
         left = [f"{_left(row, _at(before, row.context)):.0%}" for row in results[stage]]
-        lines.append(f"| {stage_label(stage)} | {flops:.2e} | {flops / CAP:.3%} | {' | '.join(left)} |")
+        lines.append(f"| {stage_label(stage)} | {figure(flops, 3)} | {flops / CAP:.3%} | {' | '.join(left)} |")
     first, *later = spent
     said = [
         "*Error left*: mean absolute error over that of the base before fine-tuning. Each run starts from the base; the price is that of its training and validation."
@@ -127,7 +127,7 @@ def on_qwen() -> str:
                 target_modules=settings.target_modules,
             )
             lines.append(
-                f"| {stage_label(stage)} | {price:.3g} | {settings.max_steps:,} | {settings.max_steps * price / CAP:.1%} | {CAP // price:,} |"
+                f"| {stage_label(stage)} | {figure(price, 3)} | {settings.max_steps:,} | {settings.max_steps * price / CAP:.1%} | {CAP // price:,} |"
             )
     said = (
         f"A step at batch 4, 512 tokens and rank 8 spends {head:.0%} of itself on the head and the loss, for a vocabulary of {QWEN_05B['vocab_size']:,}; scoring "
