@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -93,12 +93,19 @@ def attempt(case: Case, folder: Path, guard: Guard) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     words = inputs.lay(case, folder)
+    (folder / "cwd").mkdir()  # where a relative name goes
     before = _listing(folder)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace") for _ in range(2))
     environment = {name: value.replace(inputs.HERE, str(folder)) for name, value in case.environment.items()}
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        with patch.dict(os.environ, environment), redirect_stdout(out), redirect_stderr(err), guard.watching(folder):
+        with (
+            patch.dict(os.environ, environment),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            chdir(folder / "cwd"),
+            guard.watching(folder),
+        ):
             try:
                 status: object = main(words)
             except SystemExit as ended:
@@ -113,7 +120,7 @@ def attempt(case: Case, folder: Path, guard: Guard) -> str:
     _check_said(words, status, said)
     assert not guard.seen, f"{words}: {guard.seen[:3]}"
     after = _listing(folder)
-    may = (*case.outputs, *case.changes)
+    may = (*case.outputs, *case.changes, "cwd/")
     strange = {name for name in before | after if before.get(name) != after.get(name) and not name.startswith(may)}
     assert not strange, f"{words}: changed {sorted(strange)}"
     assert not any(name.endswith(".part") for name in after), f"{words}: left {sorted(after)}"
