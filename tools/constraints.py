@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,4 +65,6 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--upgrade", action="store_true")
     options = parser.parse_args()
+    if not shutil.which("uv"):
+        sys.exit("tools/constraints.py: needs uv; pip install uv")
     sys.exit(check() if options.check else write(options.upgrade))

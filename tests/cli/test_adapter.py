@@ -52,7 +52,7 @@ def test_forecast_is_that_of_peft(adapter, series, tiny_folder, tiny_base, tmp_p
     (plain,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
     PeftModel.from_pretrained(base.model, adapter).merge_and_unload()  # changes the layers of base.model in place
     (theirs,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
-    np.testing.assert_allclose(pd.read_csv(out)[["a"]], theirs, rtol=1e-8)
+    np.testing.assert_allclose(pd.read_csv(out)[["a"]], theirs, atol=1e-4)  # the file has a digit more than the text
     assert not np.array_equal(theirs, plain)
 
 

@@ -11,6 +11,7 @@ from m2helpers.flops.account import training_flops
 from m2helpers.flops.architecture import QWEN_05B
 from m2helpers.paths import EMBEDDED_BASE
 from m2helpers.report import conclusions, tables
+from m2helpers.report.findings import figure
 
 RESULTS = tables.stage_results("embedded")
 
@@ -68,4 +69,4 @@ def test_the_gap_is_the_models_error_over_the_floors(monkeypatch):
 
 def test_qwens_prices_are_those_of_the_account():
     price = training_flops(QWEN_05B, 4, 512, lora_r=4)
-    assert _cells(conclusions.on_qwen(), "initial") == ["initial", f"{price:.3g}", "1,000", f"{1000 * price / 1e17:.1%}", f"{10**17 // price:,}"]  # fmt: skip
+    assert _cells(conclusions.on_qwen(), "initial") == ["initial", figure(price, 3), "1,000", f"{1000 * price / 1e17:.1%}", f"{10**17 // price:,}"]  # fmt: skip
