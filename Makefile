@@ -50,7 +50,7 @@ check: lint
 
 test: $(READY)
 	$(PY) -m pytest $(TWO_WORKERS) tests
-	$(PY) -m pytest --nbval notebooks solutions
+	$(PY) -m pytest -n 2 --dist loadscope --nbval notebooks solutions
 
 # Executes the notebooks where they are: refreshes the committed outputs and the record of what each one costs.
 notebooks: $(READY)

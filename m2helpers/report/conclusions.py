@@ -49,7 +49,7 @@ def bought(base: str = "embedded") -> str:
     results, spent = stage_results(base), run_flops(base)
     if not spent:
         return _MISSING
-    names = ["run", "FLOPs", f"share of {CAP:.0e}", *(f"error left, S = {s}" for s in P5_CONTEXTS)]
+    names = ["run", "FLOPs", f"share of {figure(CAP)}", *(f"error left, S = {s}" for s in P5_CONTEXTS)]
     lines = markdown_header(*names)
     before = results["untrained"]
     for stage, flops in spent.items():
@@ -116,7 +116,7 @@ def on_qwen() -> str:
     small = forward_account(QWEN_05B, 4, 512, lora_r=8, loss=True, vocabulary=14)
     head = sum(account.components[part] for part in ("lm_head", "head bias", "loss")) / account.forward
     runs = {stage: getattr(plan, stage) for stage in ("initial", *FINAL_STAGES)}
-    lines = markdown_header("run", "FLOPs a step", "steps planned", f"share of {CAP:.0e}", "steps it buys")
+    lines = markdown_header("run", "FLOPs a step", "steps planned", f"share of {figure(CAP)}", "steps it buys")
     for stage, settings in runs.items():
         if settings is not None:
             price = training_flops(

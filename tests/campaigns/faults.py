@@ -225,6 +225,7 @@ def _child(name: str, inputs: str, folder: str, fault: Fault, tell: Any) -> None
     from m2helpers.engine import resume
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     place = Path(folder)
     os.environ["M2_LEDGER"] = f"{folder}.sqlite"
     os.environ["HF_HUB_OFFLINE"] = "1"
