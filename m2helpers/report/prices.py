@@ -21,7 +21,7 @@ from ..flops.costs import Adaptation, training_cost
 from ..paths import SHIPPED_BENCHMARKS, SHIPPED_COSTS
 from ..settings import TrainSettings
 from ..text import Codec
-from .findings import markdown_header
+from .findings import figure, markdown_header
 
 if TYPE_CHECKING:
     from ..flops.architecture import Config
@@ -149,7 +149,7 @@ def plan_prices(dataset: Dataset) -> str:
                 f"{_short(time)}; ${time * n * gpu['dollars_per_hour']:,.2f}"
                 for n, time in zip(GPUS, hours, strict=True)
             ]
-            lines.append(f"| {name} | {flops:.2g} | {share:.1%} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {figure(flops, 2)} | {share:.1%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -187,7 +187,7 @@ def communication_table() -> str:
                 exchange = exchange_seconds(size, gpus, costs["links"][link])
                 share, tolerated = exchange / (exchange + computing), costs["tolerated_share"]
                 tokens = settings.batch_size * settings.max_length / computing * exchange * (1 - tolerated) / tolerated
-                cells = [_bytes(size), gpus, link, f"{1e3 * exchange:.2g}", f"{share:.1%}", f"{tokens:,.0f} tokens"]
+                cells = [_bytes(size), gpus, link, _milliseconds(exchange), f"{share:.1%}", f"{tokens:,.0f} tokens"]
                 lines.append(f"| {name} | {'all weights' if full else 'LoRA'} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -196,6 +196,10 @@ def _rings(links: Mapping[str, float], server: int) -> Sequence[tuple[int, str]]
     """How many GPUs meet over which link: the first within a server, the others between servers."""
     inside, *between = links
     return [(server, inside), *((GPUS[-1], link) for link in between)]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.2g}"
 
 
 def _bytes(size: int) -> str:
