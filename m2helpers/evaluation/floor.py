@@ -22,7 +22,7 @@ from ..paths import FLOOR_CACHE, SHIPPED_FLOORS
 from ..simulator import Law
 from ..text import Codec
 from .bounds import read_window
-from .protocols import P5_CONTEXTS, P5_STEPS, Case, make_cases
+from .protocols import P5_STEPS, Case, make_cases
 from .scores import Result, bootstrap
 
 MIXED = 1.2
@@ -82,7 +82,7 @@ def floor(
     """
     cases = make_cases(dataset.part(split), codec, "P5", context)[:limit]
     name, mark = _cached_as(dataset, codec, law, context, split)
-    found = max((_read(folder / name, mark) for folder in (cache, SHIPPED_FLOORS)), key=len)
+    found = max((recorded_floor(dataset, codec, law, context, split, it) for it in (cache, SHIPPED_FLOORS)), key=len)
     rows = [tuple(getattr(found, f.name)[i] for f in fields(Floor)) for i in range(len(found))]
     todo = range(len(rows), len(cases))
     for index in tqdm(todo, f"floor, S = {context}", unit="window", disable=not progress):
@@ -245,8 +245,3 @@ def _ratio(
     both = [(a, b, s) for a, b, s in zip(theirs, floors, series, strict=False) if a is not None and b is not None]
     model, floor_, kept = zip(*both, strict=True)
     return (float(np.mean(model)), float(np.mean(floor_)), len(both)), *bootstrap(model, kept, floor_)
-
-
-def floor_rows(dataset: Dataset, codec: Codec, law: Law, split: str = "test") -> list[FloorRow]:
-    """The rows of every length of context of P5, computed as far as they are not cached."""
-    return [floor_row(dataset, codec, s, floor(dataset, codec, law, s, split=split), split) for s in P5_CONTEXTS]

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..engine.losses import IGNORED
 from ..files import UserError, read_at_most
 from ..text import right_pad
 
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}" + (TAIL := "\n\n### Response:\n")
 LEAST_LENGTH = 64
-UNSCORED = -100  # the label that cross-entropy leaves out
 
 
 class Row(NamedTuple):
@@ -154,9 +154,9 @@ class Collator:
     def __call__(self, rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each (batch, length).
 
-        Labels are the ids, and `UNSCORED` in the prompt and where padded; rows whose `prompt` is 0 have ``labels = input_ids``.
+        Labels are the ids, and `IGNORED` in the prompt and where padded; rows whose `prompt` is 0 have ``labels = input_ids``.
         """
         ids, mask = map(torch.from_numpy, right_pad([row.ids for row in rows], self.pad_id))  # (batch, length)
         prompt = torch.tensor([[row.prompt] for row in rows])  # (batch, 1)
         scored = (mask == 1) & (torch.arange(ids.shape[1]) >= prompt)
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~scored, UNSCORED)}
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~scored, IGNORED)}
