@@ -94,7 +94,7 @@ def test_every_page_reads_well(visit, look):
     assert page.errors == [] and {url.partition(":")[0] for url in page.asked} <= {"file", "data"}
 
 
-@pytest.mark.parametrize("look", LOOKS[:2], ids="-".join)
+@pytest.mark.parametrize("look", LOOKS, ids="-".join)
 def test_nothing_serious_for_axe(visit, look):
     axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     page, found = visit(look), []

@@ -173,7 +173,7 @@ def _connect(cpus: int, gpus: float) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is told to anyone
     if address == "local":  # nor is this machine opened to others: Ray listens to it alone, and wants a secret
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # one a process: Ray reads it once
     try:
         import ray
         import ray.exceptions
