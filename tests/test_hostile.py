@@ -259,6 +259,12 @@ def test_a_rank_that_the_weights_do_not_have(rank, adapter, tiny_base):
     )
 
 
+@pytest.mark.parametrize("dropout", [1, -0.1, float("nan")])
+def test_a_dropout_that_is_no_share(dropout, adapter, tiny_base):
+    _change(adapter / "adapter_config.json", lora_dropout=dropout)
+    _refused(lambda path: load_adapter(tiny_base().model, path), adapter, "not a LoRA adapter's settings")
+
+
 def test_weights_that_hold_no_update(adapter, tiny_base):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(

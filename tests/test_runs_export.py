@@ -57,6 +57,14 @@ def test_the_folder_holds_a_plain_model_and_says_what_it_is(exported):
     assert not folder.with_name("plain.part").exists()
 
 
+def test_a_model_card_that_is_no_utf8_is_kept_as_far_as_it_can_be_read(exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "run")
+    with open(tmp_path / "run" / "README.md", "ab") as card:
+        card.write(b"caf\xe9\n")
+    export_run(tmp_path / "run", tmp_path / "plain")
+    assert "caf\ufffd\n" in (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+
+
 def test_nothing_is_overwritten(exported):
     with pytest.raises(UserError, match="plain: exists already; choose another folder or delete it"):
         export_run(*exported)

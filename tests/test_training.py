@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2ForCausalLM, Qwen3Config
 
-from m2helpers import training
 from m2helpers.data import load_dataset
 from m2helpers.engine.loop import Stopped
 from m2helpers.engine.losses import CHUNK, Diverged
@@ -32,6 +31,8 @@ from m2helpers.runs import load_run, settings_sha256
 from m2helpers.settings import STAGES, TrainSettings
 from m2helpers.simulator import Law, SimulatorSettings, draw_parameters
 from m2helpers.text import Codec, fit_scale, numeric_tokens
+from m2helpers.training import run as runner
+from m2helpers.training import steps as stepping
 from m2helpers.training import train_lora
 
 QUICK = TrainSettings(
@@ -69,7 +70,7 @@ def stop_in_step_six(train, monkeypatch):
     """Trains into a folder and is interrupted in step 6, between two saves."""
 
     def stopped(folder, **options):
-        steps, loss = [], training._loss
+        steps, loss = [], stepping._loss
 
         def stop(base, batch, *rest):
             steps.append(base.model.training)
@@ -78,7 +79,7 @@ def stop_in_step_six(train, monkeypatch):
             return loss(base, batch, *rest)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(training, "_loss", stop)
+            patch.setattr(stepping, "_loss", stop)
             train(QUICK, folder, **options)
 
     return stopped
@@ -89,7 +90,7 @@ def stop_after_a_save(train, monkeypatch):
     """Trains into a folder and is interrupted right after the first save, or a later one."""
 
     def stopped(folder, settings=QUICK, saves=1):
-        done, save = [], training.save_state
+        done, save = [], runner.save_state
 
         def stop(*args):
             save(*args)
@@ -98,7 +99,7 @@ def stop_after_a_save(train, monkeypatch):
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(training, "save_state", stop)
+            patch.setattr(runner, "save_state", stop)
             train(settings, folder)
 
     return stopped
@@ -150,9 +151,9 @@ def test_the_average_is_judged_and_kept_and_leaves_training_alone(train, tmp_pat
         trained[work.settings.average].append({name: p.detach().clone() for name, p in work.parameters.items()})
         return spent
 
-    one = training.Training.step
-    monkeypatch.setattr(training, "_validate", validate)
-    monkeypatch.setattr(training.Training, "step", step)
+    one = stepping.Training.step
+    monkeypatch.setattr(stepping, "_validate", validate)
+    monkeypatch.setattr(stepping.Training, "step", step)
     train()
     judged.clear()
     averaged = replace(QUICK, average=0.5)
@@ -230,7 +231,7 @@ def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", stop)
+        patch.setattr(runner, "save_state", stop)
         train(QUICK, folder)
     assert [p.name for p in folder.iterdir()] == ["config.json"]
     with pytest.raises(UserError, match="stopped before its first save; train it again"):
@@ -243,7 +244,7 @@ def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, m
 @pytest.mark.parametrize("during", ["a step", "a validation"])
 def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypatch, during):
     """After step 4 of 7, or in the validation that follows it, which is then still due."""
-    folder, loss, steps = tmp_path / "run", training._loss, []
+    folder, loss, steps = tmp_path / "run", stepping._loss, []
 
     def ask(base, batch, *rest):
         steps.append(base.model.training)
@@ -252,7 +253,7 @@ def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypat
         return loss(base, batch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="run: stopped at step 4 of 7; --resume goes on"):
-        patch.setattr(training, "_loss", ask)
+        patch.setattr(stepping, "_loss", ask)
         train(QUICK, folder)
     assert steps[-1] == (during == "a step")  # the validation was not carried to its end
     resumed = train(QUICK, folder, resume=True)
@@ -261,7 +262,7 @@ def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypat
 
 
 def test_a_stop_without_a_folder_says_that_nothing_was_saved(train, monkeypatch):
-    monkeypatch.setattr(training.Training, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or Cost())
+    monkeypatch.setattr(stepping.Training, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or Cost())
     with pytest.raises(Stopped, match=r"unsaved: stopped at step 2 of 7$"):
         train()
 
@@ -276,7 +277,7 @@ def test_the_best_weights_by_validation_are_kept(train, tmp_path, monkeypatch):
         seen.append(_weights(base.model))
         return next(losses), Cost()
 
-    monkeypatch.setattr(training, "_validate", validate)
+    monkeypatch.setattr(stepping, "_validate", validate)
     result = train(QUICK, tmp_path / "run")
     assert result.history["step"].tolist() == [2, 4, 6, 7]
     assert _same(_weights(result.model), seen[1]) and not _same(seen[1], seen[3])
@@ -291,7 +292,7 @@ def test_the_kept_weights_have_the_lowest_recorded_loss(run, tiny_base, small_da
     codec = Codec(fit_scale(small_data.part("train")))
     windows = text_windows(small_data.part("validation"), codec, base.tokenizer, QUICK.max_length)
     chosen = np.random.default_rng(0).permutation(len(windows))[: QUICK.eval_windows]
-    val_loss, _ = training._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: Cost())
+    val_loss, _ = stepping._validate(base, QUICK, [windows[i] for i in chosen], lambda shape: Cost())
     assert val_loss == result.history["val_loss"].min()
 
 
@@ -303,7 +304,7 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, stop_after_a_save, mon
         seen.append(_weights(base.model))
         return next(losses), Cost()
 
-    monkeypatch.setattr(training, "_validate", validate)
+    monkeypatch.setattr(stepping, "_validate", validate)
     stop_after_a_save(tmp_path)
     result = train(QUICK, tmp_path, resume=True)
     assert result.history["val_loss"].tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -328,7 +329,7 @@ def test_a_bfloat16_base_trains_and_forecasts(tiny_folder, small_data):
 
 
 def test_a_loss_that_is_no_number_is_refused(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_loss", lambda base, *_: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
+    monkeypatch.setattr(stepping, "_loss", lambda base, *_: (base.model.lm_head.bias.sum() * float("nan"), (1, 2)))
     with pytest.raises(Diverged, match="step 1: the loss is no longer a number; use a smaller learning_rate") as error:
         train(QUICK)
     assert isinstance(error.value, UserError)
@@ -366,7 +367,7 @@ def test_every_step_and_validation_is_charged(train, tmp_path, ledger):
 
 def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
     """Step 5 does, in the second save interval, after the validation of step 4: it was computed like any other."""
-    loss, batches = training._loss, []
+    loss, batches = stepping._loss, []
 
     def diverge(base, *rest):
         value, shape = loss(base, *rest)
@@ -374,7 +375,7 @@ def test_a_step_that_diverges_is_charged(train, tiny_base, monkeypatch, ledger):
             batches.append(shape)
         return value * (float("nan") if len(batches) == 5 else 1), shape
 
-    monkeypatch.setattr(training, "_loss", diverge)
+    monkeypatch.setattr(stepping, "_loss", diverge)
     with pytest.raises(Diverged, match="step 5: the loss is no longer a number"):
         train(QUICK)
     step_cost, _ = batch_costs(tiny_base().model.config, QUICK.adaptation)
@@ -425,7 +426,7 @@ def test_forecasts_are_charged(tiny_base, small_data, ledger):
         forecast(base, codec, list(small_data.part("test")), 2)
     ledger(CAP)
     spent = ledger().spent()
-    training.series_loss(base, codec, small_data.part("validation"), length=64)
+    stepping.series_loss(base, codec, small_data.part("validation"), length=64)
     assert ledger().entries()[-1]["kind"] == "validate" and ledger().spent() > spent
 
 
@@ -459,7 +460,7 @@ def test_the_settings_hash_covers_settings_data_and_base_only(run, small_data, t
     folder, _ = run
     base, codec = tiny_base(), Codec(1.0)
     recorded = read_json(folder / "config.json")["settings_sha256"]
-    describe = training.describe
+    describe = runner.describe
     assert describe(base, small_data, QUICK, codec, "another stage")["settings_sha256"] == recorded
     elsewhere = replace(base, name="other/place")
     assert describe(elsewhere, replace(small_data, path="b.h5"), QUICK, codec, "trial")["settings_sha256"] == recorded
@@ -530,9 +531,9 @@ def law():
 
 def test_a_run_that_is_told_the_law_trains_on_no_recorded_series(train, law, small_data, tmp_path, monkeypatch):
     settings = replace(QUICK, random_start=True)
-    seen, window = [], training.augmented_window
+    seen, window = [], stepping.augmented_window
     monkeypatch.setattr(
-        training, "augmented_window", lambda values, *rest: seen.append(values) or window(values, *rest)
+        stepping, "augmented_window", lambda values, *rest: seen.append(values) or window(values, *rest)
     )
     train(settings, tmp_path / "told", law=law)
     recorded = {values.tobytes() for values in small_data.part("train")}
@@ -627,7 +628,7 @@ def test_whole_numbers_and_floats_are_the_same_settings():
 def test_a_step_is_clipped_adamw_at_the_scheduled_rate(tiny_base, small_data, monkeypatch):
     """Against PyTorch's optimizer, given the same gradients."""
     settings = replace(QUICK, max_grad_norm=0.01, weight_decay=0.1)
-    work = training.Training(tiny_base(), small_data, settings, Codec(1.0))
+    work = stepping.Training(tiny_base(), small_data, settings, Codec(1.0))
     theirs = {name: torch.nn.Parameter(p.detach().clone()) for name, p in work.parameters.items()}
     reference, step = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=0.1), work.optimizer.step
 
@@ -649,21 +650,21 @@ def test_a_step_is_clipped_adamw_at_the_scheduled_rate(tiny_base, small_data, mo
 @pytest.fixture
 def windows_read(monkeypatch):
     """Every window that a loss was computed of."""
-    read, loss = [], training._loss
-    monkeypatch.setattr(training, "_loss", lambda base, batch, *rest: read.extend(batch) or loss(base, batch, *rest))
+    read, loss = [], stepping._loss
+    monkeypatch.setattr(stepping, "_loss", lambda base, batch, *rest: read.extend(batch) or loss(base, batch, *rest))
     return read
 
 
 @pytest.mark.slow
 def test_an_epoch_of_steps_reads_every_training_window_once(tiny_base, small_data, windows_read):
     codec = Codec(fit_scale(small_data.part("train")))
-    work = training.Training(tiny_base(), small_data, QUICK, codec)
+    work = stepping.Training(tiny_base(), small_data, QUICK, codec)
     windows = text_windows(small_data.part("train"), codec, work.base.tokenizer, QUICK.max_length)
     assert len(windows) % QUICK.batch_size == 0
     for _ in range(len(windows) // QUICK.batch_size):
         work.step()
     assert sorted(map(tuple, windows_read)) == sorted(map(tuple, windows))
-    other = training.Training(tiny_base(), small_data, replace(QUICK, seed=1), codec)
+    other = stepping.Training(tiny_base(), small_data, replace(QUICK, seed=1), codec)
     first, second = ([tuple(w.window(place)) for place in range(len(windows))] for w in (work, other))
     assert first != second and sorted(first) == sorted(second)  # the seed orders them
 
@@ -728,8 +729,8 @@ def test_padding_changes_no_loss(tiny_base):
     rng = np.random.default_rng(0)
     batch = [rng.integers(10, 27, n) for n in (20, 33, 7, 2)]
     with torch.no_grad():
-        together, shape = training._loss(base, batch)
-        apart = [training._loss(base, [window])[0].item() for window in batch]
+        together, shape = stepping._loss(base, batch)
+        apart = [stepping._loss(base, [window])[0].item() for window in batch]
     assert shape == (4, 33)
     assert together.item() == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in batch]), rel=1e-5)
 
@@ -740,9 +741,9 @@ def test_the_validation_loss_is_the_mean_over_tokens(tiny_base):
     rng = np.random.default_rng(0)
     validation = [rng.integers(10, 27, n) for n in (5, 40, 17, 2, 30, 9, 21)]
     with torch.no_grad():
-        apart = [training._loss(base, [window])[0].item() for window in validation]
+        apart = [stepping._loss(base, [window])[0].item() for window in validation]
     base.model.train()
-    val_loss, spent = training._validate(base, QUICK, validation, lambda shape: Cost(*shape))
+    val_loss, spent = stepping._validate(base, QUICK, validation, lambda shape: Cost(*shape))
     assert val_loss == pytest.approx(np.average(apart, weights=[len(w) - 1 for w in validation]), rel=1e-5)
     assert spent == Cost(7, 9 + 30 + 40)  # rows, and the longest of each batch, shortest windows first
 
@@ -753,7 +754,7 @@ def test_padding_changes_no_gradient(tiny_base):
     gradients = []
     for windows in (batch, batch[:1], batch[1:]):
         base.model.zero_grad()
-        training._loss(base, windows)[0].backward()
+        stepping._loss(base, windows)[0].backward()
         gradients.append(base.model.model.embed_tokens.weight.grad.clone())
     together, long, short = gradients
     torch.testing.assert_close(together, (16 * long + 7 * short) / 23, atol=1e-5, rtol=1e-4)
@@ -764,7 +765,7 @@ def test_augmented_windows_are_cut_from_rescaled_series(tiny_base, small_data, c
     """Each is a stretch of the text of one training series times one factor; the same place, the same window."""
     series, settings = small_data.part("train"), replace(QUICK, **change)
     codec = Codec(fit_scale(series))
-    work = training.Training(tiny_base(), small_data, settings, codec)
+    work = stepping.Training(tiny_base(), small_data, settings, codec)
     texts = [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert texts == [work.base.tokenizer.decode(work.window(place)) for place in range(40)]
     assert all(len(text) <= QUICK.max_length for text in texts) and len(set(texts)) > 20
@@ -801,7 +802,7 @@ def _factor(text, values, codec):
 @pytest.mark.parametrize("checkpointing", [0, 1])
 def test_activation_checkpointing_runs_a_layer_forward_once_more(tiny_base, small_data, checkpointing):
     settings, passes = replace(QUICK, gradient_checkpointing=checkpointing), []
-    work = training.Training(tiny_base(), small_data, settings, Codec(1.0))
+    work = stepping.Training(tiny_base(), small_data, settings, Codec(1.0))
     attention = work.base.model.model.layers[1].self_attn  # a hook of the layer itself would not see the second pass
     attention.register_forward_pre_hook(lambda *_: passes.append("forward"))
     work.step()
@@ -820,9 +821,9 @@ def test_activation_checkpointing_trains_the_same_and_is_charged(train, run):
 def test_the_numeric_head_scores_the_right_characters(tiny_base, small_data):
     """Against the softmax over the numeric characters, written out."""
     base = tiny_base()
-    work = training.Training(base, small_data, replace(QUICK, numeric_head=1), Codec(1.0))
+    work = stepping.Training(base, small_data, replace(QUICK, numeric_head=1), Codec(1.0))
     ids = torch.from_numpy(work.window(0))
-    ours, _ = training._loss(base, [ids.numpy()], work.characters)
+    ours, _ = stepping._loss(base, [ids.numpy()], work.characters)
     tokens = torch.from_numpy(numeric_tokens(work.codec, base.tokenizer))
     log_p = base.model(ids[None]).logits[0, :-1, tokens].log_softmax(-1)  # (length - 1, 14)
     expected = -log_p[ids[1:, None] == tokens].mean()
@@ -838,7 +839,7 @@ def test_the_numeric_head_scores_fourteen_characters(train, tiny_base, small_dat
     moved = numeric.model.lm_head.bias.nonzero().flatten().tolist()
     assert moved and set(moved) <= set(tiny_base().tokenizer("0123456789.-,;")["input_ids"])
     config, settings = tiny_base().model.config, replace(QUICK, numeric_head=1)
-    step = training.Training(tiny_base(), small_data, settings, Codec(1.0)).most(1)["train"]
+    step = stepping.Training(tiny_base(), small_data, settings, Codec(1.0)).most(1)["train"]
     assert step.flops == forward_account(config, 3, 48, loss=True, lora_r=2, vocabulary=14).training
 
 
@@ -861,7 +862,7 @@ def test_no_tensor_holds_every_position_times_the_whole_vocabulary(long_data):
     model = add_head_bias(Qwen2ForCausalLM(embedded_config(**SIZES | dict(vocab_size=vocabulary))))
     settings = replace(QUICK, batch_size=4, max_length=256, eval_windows=4)
     base = Base(model, embedded_tokenizer(), "wide", "")
-    work = training.Training(base, long_data, settings, Codec(1.0))
+    work = stepping.Training(base, long_data, settings, Codec(1.0))
     one_batch = [work.window(place) for place in range(4)]
     for do, windows in ((work.step, one_batch), (lambda: work.validate(lambda: False), work.validation)):
         assert len(windows) == 4 and sum(len(ids) - 1 for ids in windows) > 2 * CHUNK  # positions that are scored
@@ -883,8 +884,8 @@ def test_flops_are_three_forward_passes_and_the_validations(train, tiny_base, mo
         passes.append((base.model.training, result[1]))
         return result
 
-    loss = training._loss
-    monkeypatch.setattr(training, "_loss", watch)
+    loss = stepping._loss
+    monkeypatch.setattr(stepping, "_loss", watch)
     history = train(settings).history
     config, adapted = tiny_base().model.config, dict(lora_r=settings.lora_r, target_modules=settings.target_modules)
     by_hand = [
@@ -906,4 +907,4 @@ def test_series_loss_is_the_loss_per_token_that_transformers_computes(tiny_base,
         with torch.no_grad():
             loss = base.model(input_ids=ids, labels=ids).loss
         total, count = total + loss.item() * (ids.shape[1] - 1), count + ids.shape[1] - 1
-    assert training.series_loss(base, codec, series) == pytest.approx(total / count, rel=1e-5)
+    assert stepping.series_loss(base, codec, series) == pytest.approx(total / count, rel=1e-5)

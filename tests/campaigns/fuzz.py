@@ -246,7 +246,7 @@ class Bench:
 
     def _stopped(self, dataset: object, settings_: object) -> dict[str, bytes]:
         """A run of the same that was stopped half-way."""
-        import m2helpers.training as training
+        from m2helpers.training import run as training
 
         def stop(folder: Path, *_: object, **__: object) -> None:
             real(folder, *_, **__)
@@ -295,7 +295,7 @@ class Bench:
         patches.append(patch("m2helpers.instruct.quantised.load_for_tuning", lambda *_: self.load()))
         if reader == "command":
             long = [
-                "training.train_lora",
+                "training.run.train_lora",
                 "pretraining.run.pretrain",
                 "experiments.runner.run_plan",
                 "evaluation.measure.evaluate",

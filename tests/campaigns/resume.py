@@ -48,7 +48,12 @@ PRETRAIN = PretrainSettings(
 processes = multiprocessing.get_context("forkserver")
 # Its own module cannot be among them: the server of Python 3.11 does not know the paths of this process.
 processes.set_forkserver_preload(
-    ["m2helpers.training", "m2helpers.pretraining.run", "m2helpers.data", "transformers.models.qwen2.modeling_qwen2"]
+    [
+        "m2helpers.training.run",
+        "m2helpers.pretraining.run",
+        "m2helpers.data",
+        "transformers.models.qwen2.modeling_qwen2",
+    ]
 )
 
 

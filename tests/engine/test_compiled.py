@@ -15,7 +15,7 @@ from m2helpers.engine.losses import IGNORED
 from m2helpers.lora import CheapDropout, apply_lora, lora_layers, trainable_parameters
 from m2helpers.models import add_head_bias
 from m2helpers.settings import LoraSettings
-from m2helpers.training import _loss
+from m2helpers.training.steps import _loss
 
 NUMERIC = torch.arange(10, 27)
 

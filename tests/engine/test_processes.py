@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from m2helpers import models, training
+from m2helpers import models
 from m2helpers.__main__ import main
 from m2helpers.engine import processes
 from m2helpers.files import read_json
@@ -30,6 +30,8 @@ from m2helpers.ledger import Ledger
 from m2helpers.models import embedded_tokenizer
 from m2helpers.pretraining import batches, synthetic
 from m2helpers.pretraining import run as pretraining
+from m2helpers.training import Training
+from m2helpers.training import run as training_run
 from tests.campaigns.resume import TINY, make_inputs
 from tests.campaigns.resume import processes as server
 
@@ -62,7 +64,7 @@ def work(place, log, words, number=None, at=0, sent=0, cap=CAP, timeout=120):
         os.dup2(stream.fileno(), 1), os.dup2(stream.fileno(), 2)
     models.has_bfloat16 = lambda device: False
     processes.TIMEOUT = timedelta(seconds=timeout)
-    training.default_ledger = lambda base: Ledger(f"{log.parent}.sqlite", cap)
+    training_run.default_ledger = lambda base: Ledger(f"{log.parent}.sqlite", cap)
     few = {name: pretraining.FAMILIES[name] for name in ("glycolysis", "schnakenberg", "damped_oscillations")}
     pretraining.FAMILIES = batches.FAMILIES = synthetic.FAMILIES = few
     whole = pretraining.pretrain
@@ -83,7 +85,7 @@ def work(place, log, words, number=None, at=0, sent=0, cap=CAP, timeout=120):
         return stepping
 
     torch.nn.modules.module.register_module_forward_pre_hook(note)
-    training.Training.step = step(training.Training.step)
+    Training.step = step(Training.step)
     pretraining._Pretraining.step = step(pretraining._Pretraining.step)
     code = main(words)
     Path(f"{log}.json").write_text(json.dumps(rows))

@@ -85,7 +85,7 @@ def test_a_stopped_plan_goes_on(run, tmp_path, monkeypatch, tiny_folder):
     """The cap leaves room for half of the initial run; with another ledger it goes on from there."""
     small = Ledger(tmp_path / "small.sqlite", 2_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr("m2helpers.training.default_ledger", lambda base: small)
+        patch.setattr("m2helpers.training.run.default_ledger", lambda base: small)
         small.cap = int(1e12)
         run(stages=["initial"])
         spent = sum(e["flops"] for e in small.entries() if e["kind"] == "train")
@@ -233,7 +233,7 @@ def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch)
     def none(base):
         raise AssertionError("the base's own ledger was asked for")
 
-    for module in ("training", "forecasting.generation"):
+    for module in ("training.run", "forecasting.generation"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", none)
     ledger = Ledger(tmp_path / "own.sqlite")
     run(replace(PLAN, contexts=(32,)), stages=["untrained", "context"], ledger=ledger)
@@ -259,7 +259,7 @@ def test_one_sweep_alone(run, tmp_path):
 @pytest.mark.slow
 def test_a_plan_measures_what_it_says_and_names_its_stages(run, tmp_path, small_data, monkeypatch):
     ledger, seen, measure = Ledger(tmp_path / "ledger.sqlite"), [], experiments.evaluate
-    for module in ("training", "forecasting.generation", "evaluation.measure"):
+    for module in ("training.run", "forecasting.generation", "evaluation.measure"):
         monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: ledger)
     monkeypatch.setattr(experiments, "SWEEP_SERIES", 0)  # noted, not passed on: no series would be refused
     monkeypatch.setattr(
