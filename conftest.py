@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from tools.notebooks import ENVIRONMENT  # imports m2helpers, which says how threads wait before anything imports torch
+import m2helpers  # noqa: F401 (says how threads wait before anything imports torch)
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="m2helpers-")
 os.environ.setdefault("M2_DEVICE", "cpu")  # where bases go: tests make tensors there, and committed outputs are a CPU's
@@ -15,6 +15,8 @@ def pytest_configure(config):
     """Set it before the first test is imported and the first kernel starts."""
     os.environ["M2_LEDGER"] = os.path.join(_FOLDER.name, "ledger.sqlite")
     if config.getoption("nbval"):
+        from tools.notebooks import ENVIRONMENT
+
         os.environ.update(ENVIRONMENT)
 
 

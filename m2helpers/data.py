@@ -12,7 +12,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from .files import UserError, check_memory
 from .paths import DATA_FILE
@@ -58,6 +57,8 @@ def split(n: int, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
     `sklearn.model_selection.train_test_split` is called twice, first with `test_size=0.2`, then 0.5 of the rest,
     so that results compare with the published ones.
     """
+    from sklearn.model_selection import train_test_split  # takes a second to import
+
     train, rest = train_test_split(np.arange(n), test_size=0.2, random_state=seed)
     validation, test = train_test_split(rest, test_size=0.5, random_state=seed)
     return {"train": train, "validation": validation, "test": test}

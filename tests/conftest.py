@@ -1,25 +1,28 @@
-"""Fixtures that several test files share: a tiny base model with random weights, and a small dataset."""
+"""Fixtures that several test files share: a tiny base model with random weights, and a small dataset.
+
+What takes seconds to import is imported inside: the process that deals tests out to others needs none of it.
+"""
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("M2_MODEL", None)
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
 from hypothesis import settings
-from transformers import Qwen2ForCausalLM
 
-from m2helpers.data import load_dataset
-from m2helpers.models import embedded_config, embedded_tokenizer, load_base
-from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
-
-torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A file that is slow as a whole is not even imported where slow tests are left out: some need what takes seconds to import."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return re.search(r"^pytestmark = \[?pytest\.mark\.slow", collection_path.read_text("utf-8"), re.M) and True
+    return None
+
 
 TINY = dict(
     hidden_size=32,
@@ -31,9 +34,22 @@ TINY = dict(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """No test wants more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A base model of 20 thousand random weights, in hub format."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    from m2helpers.models import embedded_config, embedded_tokenizer
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,10 +66,15 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_base(tiny_folder):
     """Makes a fresh tiny base at each call."""
+    from m2helpers.models import load_base
+
     return lambda **options: load_base(str(tiny_folder), **options)
 
 
 def _dataset(path, **settings):
+    from m2helpers.data import load_dataset
+    from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
+
     settings = SimulatorSettings(systems=12, **settings)
     time, trajectories, _ = simulate(settings)
     write_dataset(path, time, trajectories, settings)
@@ -72,9 +93,19 @@ def long_data(tmp_path_factory):
     return _dataset(tmp_path_factory.mktemp("data") / "long.h5")
 
 
+@pytest.fixture(scope="session")
+def peft():
+    """The library, for slow tests: importing it takes seconds."""
+    import peft
+
+    return peft
+
+
 @pytest.fixture
 def ramp(monkeypatch):
     """A model whose samples are the last values plus 1, 2, 3, ... hundredths of the text, and whose likeliest is the last."""
+
+    import numpy as np
 
     def sample(base, codec, series, steps, n_samples, **_):
         ahead = [np.repeat(values[-1:], steps, axis=0) for values in series]
@@ -94,6 +125,9 @@ def long():
 
 
 def _long(n=20):
+    import numpy as np
+    import pandas as pd
+
     days = pd.date_range("2021-01-01", periods=n, freq="D")
     values = 2 + np.sin(np.arange(n) / 3)
     parts = [

@@ -349,6 +349,7 @@ def test_a_stopped_run_goes_on(tiny_base, small_data, codec, cuda, tmp_path):
         assert found == expected != first
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_found_before_it_is_saved(tiny_base, small_data, cuda, tmp_path, monkeypatch):
     """Nobody has looked since the first step; the state on disk is that of the save before, and the message names the step."""
     monkeypatch.setattr("m2helpers.training.run.LOOK", 1e9)

@@ -5,7 +5,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -251,17 +250,19 @@ def test_saving_while_merged_saves_the_same(adapted, folder, tmp_path):
     assert (tmp_path / "merged" / names).read_bytes() == (folder / names).read_bytes()
 
 
-def test_peft_gives_our_logits(adapted, folder, tiny_base):
+@pytest.mark.slow
+def test_peft_gives_our_logits(peft, adapted, folder, tiny_base):
     ours = _logits(adapted.model)
     assert adapted.model.lm_head.bias.abs().min() > 0
     assert all(layer.lora_B.weight.abs().min() > 0 for _, layer in lora_layers(adapted.model))
-    theirs = PeftModel.from_pretrained(add_head_bias(tiny_base(head_bias=False).model), folder)
+    theirs = peft.PeftModel.from_pretrained(add_head_bias(tiny_base(head_bias=False).model), folder)
     torch.testing.assert_close(_logits(theirs), ours, atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_that_peft_wrote_loads(adapted, folder, tiny_base, tmp_path):
+@pytest.mark.slow
+def test_an_adapter_that_peft_wrote_loads(peft, adapted, folder, tiny_base, tmp_path):
     """`peft` does not know the head bias: its file has the matrices alone, and the bias stays zero."""
-    PeftModel.from_pretrained(add_head_bias(tiny_base().model), folder).save_pretrained(tmp_path / "peft")
+    peft.PeftModel.from_pretrained(add_head_bias(tiny_base().model), folder).save_pretrained(tmp_path / "peft")
     assert set(load_file(tmp_path / "peft" / "adapter_model.safetensors")) < set(
         load_file(folder / "adapter_model.safetensors")
     )
@@ -273,11 +274,12 @@ def test_an_adapter_that_peft_wrote_loads(adapted, folder, tiny_base, tmp_path):
     assert torch.equal(_logits(again.model), _logits(adapted.model))
 
 
-def test_an_adapter_that_peft_trained_loads(tiny_base, tmp_path):
+@pytest.mark.slow
+def test_an_adapter_that_peft_trained_loads(peft, tiny_base, tmp_path):
     """Two optimizer steps by `peft` alone, saved by `peft`: our logits are its own."""
-    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=["q_proj", "down_proj"])
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=["q_proj", "down_proj"])
     torch.manual_seed(0)
-    theirs = get_peft_model(tiny_base(head_bias=False).model, config)
+    theirs = peft.get_peft_model(tiny_base(head_bias=False).model, config)
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         theirs(IDS, labels=IDS).loss.backward()
@@ -301,18 +303,19 @@ PLAIN = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="
 LARGER = dict(r=64, lora_alpha=128)
 
 
-def _by_peft(base, folder, **options):
+def _by_peft(peft, base, folder, **options):
     """An adapter that `peft` made with these options, its matrices moved as training would, and the logits it gives."""
     torch.manual_seed(0)
-    model = get_peft_model(base(head_bias=False).model, LoraConfig(**(PLAIN | options)))
+    model = peft.get_peft_model(base(head_bias=False).model, peft.LoraConfig(**(PLAIN | options)))
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn(p.shape))
     model.save_pretrained(folder)
-    return _logits(PeftModel.from_pretrained(base(head_bias=False).model, folder))
+    return _logits(peft.PeftModel.from_pretrained(base(head_bias=False).model, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -326,14 +329,15 @@ def _by_peft(base, folder, **options):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")  # peft's own, of some options
-def test_an_adapter_of_plain_lora_loads_with_no_difference(tiny_base, tmp_path, options):
-    theirs = _by_peft(tiny_base, tmp_path, **options)
+def test_an_adapter_of_plain_lora_loads_with_no_difference(peft, tiny_base, tmp_path, options):
+    theirs = _by_peft(peft, tiny_base, tmp_path, **options)
     ours = tiny_base()
     load_adapter(ours.model, tmp_path, ours.sha256)
     assert torch.equal(_logits(ours.model), theirs)
     assert (theirs - _logits(tiny_base().model)).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -356,37 +360,45 @@ def test_an_adapter_of_plain_lora_loads_with_no_difference(tiny_base, tmp_path, 
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_of_another_option_is_refused_by_its_name(tiny_base, tmp_path, options, said):
-    _by_peft(tiny_base, tmp_path, **options)
+def test_an_adapter_of_another_option_is_refused_by_its_name(peft, tiny_base, tmp_path, options, said):
+    _by_peft(peft, tiny_base, tmp_path, **options)
     base = tiny_base()
     message = _refusal(base, tmp_path)
     assert message == f"{tmp_path / 'adapter_config.json'}: {said} is not supported here; load this adapter with peft"
     assert not list(lora_layers(base.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_of_other_layers_is_refused(tiny_base, tmp_path, target):
-    _by_peft(tiny_base, tmp_path, target_modules=[target])
+def test_an_adapter_of_other_layers_is_refused(peft, tiny_base, tmp_path, target):
+    _by_peft(peft, tiny_base, tmp_path, target_modules=[target])
     message = _refusal(tiny_base(), tmp_path)
     assert f"target_modules {target!r}: the model has no such linear layer" in message
     assert message.endswith("; load this adapter with peft, on the base it was trained on")
 
 
-def test_an_adapter_of_some_layers_is_refused(tiny_base, tmp_path):
-    _by_peft(tiny_base, tmp_path, target_modules=["layers.0.self_attn.q_proj"])
+@pytest.mark.slow
+def test_an_adapter_of_some_layers_is_refused(peft, tiny_base, tmp_path):
+    _by_peft(peft, tiny_base, tmp_path, target_modules=["layers.0.self_attn.q_proj"])
     message = _refusal(tiny_base(), tmp_path)
     assert "target_modules is not supported here where it leaves out layers" in message and "with peft" in message
 
 
-@pytest.mark.parametrize("config", [IA3Config(feedforward_modules=[]), LoHaConfig(), AdaLoraConfig(total_step=9)])
-def test_an_adapter_that_is_not_lora_is_refused_by_its_name(tiny_base, tmp_path, config):
-    config.target_modules, kind = ["q_proj"], config.peft_type.value
-    get_peft_model(tiny_base(head_bias=False).model, config).save_pretrained(tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options",
+    [("IA3Config", dict(feedforward_modules=[])), ("LoHaConfig", {}), ("AdaLoraConfig", dict(total_step=9))],
+)
+def test_an_adapter_that_is_not_lora_is_refused_by_its_name(peft, tiny_base, tmp_path, name, options):
+    config = getattr(peft, name)(target_modules=["q_proj"], **options)
+    kind = config.peft_type.value
+    peft.get_peft_model(tiny_base(head_bias=False).model, config).save_pretrained(tmp_path)
     assert f"peft_type {kind!r} is not supported here; load this adapter with peft" in _refusal(tiny_base(), tmp_path)
 
 
-def test_every_option_of_peft_is_known_or_refused(folder):
+@pytest.mark.slow
+def test_every_option_of_peft_is_known_or_refused(peft, folder):
     """Also those that only a later version has: none is passed over."""
     path = folder / "adapter_config.json"
     plain = json.loads(path.read_text())
@@ -397,7 +409,7 @@ def test_every_option_of_peft_is_known_or_refused(folder):
         "task_type",
     }
     read = {"r", "lora_alpha", "lora_dropout", "target_modules", "runtime_config"}
-    others = {f.name for f in fields(LoraConfig)} - without_effect - read | {"use_next_years_lora"}
+    others = {f.name for f in fields(peft.LoraConfig)} - without_effect - read | {"use_next_years_lora"}
     assert len(others) > 25
     for option in sorted(others):
         path.write_text(json.dumps(plain | {option: {"some": "value"}}))

@@ -42,6 +42,7 @@ def test_copy_has_outputs_and_nothing_that_varies(tmp_path, capsys, monkeypatch)
     assert "[1/1] 1_first.ipynb" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failure_names_notebook_cell_and_error(tmp_path, capsys):
     path = _notebook(tmp_path / "3_third.ipynb", "1", "assert 1 == 2, 'one is not two'")
     before = path.read_bytes()
@@ -50,6 +51,7 @@ def test_failure_names_notebook_cell_and_error(tmp_path, capsys):
     assert capsys.readouterr().err == "error: 3_third.ipynb, cell 2: AssertionError: one is not two\n"
 
 
+@pytest.mark.slow
 def test_dead_kernel_is_named(tmp_path):
     path = _notebook(tmp_path / "4_fourth.ipynb", "import os; os._exit(1)")
     with pytest.raises(UserError, match=r"4_fourth\.ipynb, cell 1: Kernel died"):

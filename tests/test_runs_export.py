@@ -85,6 +85,7 @@ def test_an_instruct_models_chat_settings_stay_behind(tiny_folder, small_data, t
     assert _written(plain, "1.16,1.27;0.90,0.95;", len(ours)).startswith(ours)
 
 
+@pytest.mark.slow
 def test_a_numeric_head_is_kept_to_its_characters(tiny_folder, small_data, tmp_path):
     plain, _ = _export(load_base(str(tiny_folder)), small_data, tmp_path, numeric_head=1)
     assert set(_written(plain, "1.16,1.27;0.90,0.95;", 30)) <= set("0123456789.,;-")

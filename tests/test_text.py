@@ -32,6 +32,7 @@ def series(draw):
 # ---------------------------------------------------------------- encoding
 
 
+@pytest.mark.slow
 @given(series())
 def test_round_trip_is_within_half_a_digit(example):
     values, codec = example
@@ -43,6 +44,7 @@ def test_round_trip_is_within_half_a_digit(example):
     assert error.max(initial=0) <= 0.5 * 10.0**-codec.precision + 1e-9
 
 
+@pytest.mark.slow
 @given(series())
 def test_text_follows_the_grammar(example):
     values, codec = example
@@ -156,6 +158,7 @@ def test_decoding_is_strict_and_never_fills_in(text, whole, stop):
     assert decoded.values.shape == (whole, 2) and decoded.stop == stop
 
 
+@pytest.mark.slow
 @given(series(), st.data())
 def test_a_cut_text_decodes_to_its_whole_steps(example, data):
     values, codec = example

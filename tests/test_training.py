@@ -189,6 +189,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, tmp_path, stop_
     assert sorted(p.name for p in folder.iterdir()) == FILES
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path, stop_in_step_six):
     """Stopped at step 5, after a validation that the state of step 3 does not know of."""
     folder = tmp_path / "run"
@@ -198,6 +199,7 @@ def test_a_run_stopped_between_saves_goes_on_from_the_last(train, run, tmp_path,
     assert _same(_weights(train(QUICK, folder, resume=True).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 def test_an_augmented_and_averaged_run_goes_on_as_if_it_had_not_been_stopped(train, tmp_path, stop_after_a_save):
     """Its windows are drawn from the seed and the place alone, and the average comes back with the weights."""
     settings = replace(QUICK, rescale=0.5, random_start=1, average=0.5)
@@ -207,6 +209,7 @@ def test_an_augmented_and_averaged_run_goes_on_as_if_it_had_not_been_stopped(tra
     assert resumed.history[STEADY].equals(whole.history[STEADY])
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_save_is_damaged_ends_as_if_it_had_not_been(train, run, tmp_path, stop_after_a_save):
     """Stopped after the save at step 6, which cannot be read: it goes on from the one at step 3."""
     folder, (whole_folder, whole) = tmp_path / "run", run
@@ -223,6 +226,7 @@ def test_a_run_whose_last_save_is_damaged_ends_as_if_it_had_not_been(train, run,
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, monkeypatch):
     """Only its settings are there: the folder is neither finished nor to be resumed."""
     folder = tmp_path / "run"
@@ -241,6 +245,7 @@ def test_a_run_stopped_before_its_first_save_starts_over(train, run, tmp_path, m
     assert _same(_weights(train(QUICK, folder).model), _weights(run[1].model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("during", ["a step", "a validation"])
 def test_sigterm_saves_and_stops_within_one_step(train, run, tmp_path, monkeypatch, during):
     """After step 4 of 7, or in the validation that follows it, which is then still due."""
@@ -344,7 +349,7 @@ def ledger(tmp_path, monkeypatch):
 
     def use(cap=CAP):
         opened = Ledger(tmp_path / "ledger.sqlite", cap)
-        for module in ("training", "forecasting.generation"):
+        for module in ("training.run", "training.steps", "forecasting.generation"):
             monkeypatch.setattr(f"m2helpers.{module}.default_ledger", lambda base: opened)
         return opened
 
@@ -529,6 +534,7 @@ def law():
     return Law(draw_parameters(SimulatorSettings(systems=30)).to_numpy(), 2.0, 20)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_the_law_trains_on_no_recorded_series(train, law, small_data, tmp_path, monkeypatch):
     settings = replace(QUICK, random_start=True)
     seen, window = [], stepping.augmented_window
@@ -547,6 +553,7 @@ def test_a_run_that_is_told_the_law_trains_on_no_recorded_series(train, law, sma
     assert told["settings_sha256"] == settings_sha256(settings, small_data, told["base_sha256"], law.sha256) != plain
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_the_law_resumes_to_the_bit_and_under_that_law_only(train, law, tmp_path, stop_in_step_six):
     whole = train(QUICK, tmp_path / "whole", law=law)
     stop_in_step_six(tmp_path / "stopped", law=law)

@@ -32,7 +32,6 @@ from ..settings import EMBEDDED, TrainSettings
 from ..text import Codec, fit_scale
 from ..training import Training
 from .contention import compare_waiting
-from .rivals import compare_decoding, compare_training, generate_greedily, trainer_steps
 from .sampling import compare_sampling
 from .timing import Row, Run, machine, other_load, profile, rows_of, take_turns, timed, wait
 
@@ -95,6 +94,8 @@ def train_embedded(dataset: Dataset, _: Ledger) -> Measured:
 
 
 def _compare_training(make: Callable[[], Base], dataset: Dataset, steps: int) -> Measured:
+    from .rivals import trainer_steps  # and with it the libraries that are compared
+
     codec = Codec(fit_scale(dataset.part("train")))
     numeric = replace(SETTINGS, numeric_head=True)
 
@@ -124,6 +125,8 @@ def _our_steps(work: Training, steps: int) -> list[float]:
 
 def train_rivals(dataset: Dataset, _: Ledger) -> Measured:
     """A training step of Qwen2.5-0.5B at its true size, rank 8 on q and v, bfloat16 weights, beside other packages."""
+    from .rivals import compare_training  # and with it the libraries that are compared
+
     gpu, rows = choose_device() == "cuda", list[Row]()
     how = dict(rounds=ROUNDS, steps=STEPS_GPU, warm=WARM_GPU) if gpu else dict(rounds=1, steps=STEPS, warm=1)
     for batch_size in (4, 32) if gpu else (4,):
@@ -164,6 +167,8 @@ def _p5_error(base: Base, codec: Codec, dataset: Dataset, ledger: Ledger) -> flo
 
 
 def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: int, ledger: Ledger) -> list[Row]:
+    from .rivals import generate_greedily  # and with it the libraries that are compared
+
     codec = Codec(fit_scale(dataset.part("train")))
     contexts = [case.context for case in make_cases(dataset.part("validation"), codec, "P5", 512)[:n]]
     whole: dict[str, list[float]] = {name: [] for name in sides}
@@ -189,6 +194,8 @@ def _compare_decoding(sides: dict[str, tuple[Base, bool]], dataset: Dataset, n: 
 
 def decode_rivals(dataset: Dataset, ledger: Ledger) -> Measured:
     """P5 forecasts at S = 512 in one batch, bfloat16, beside `generate` with a static cache and compiled on a GPU."""
+    from .rivals import compare_decoding  # and with it the libraries that are compared
+
     how = dict(rounds=ROUNDS, warm=WARM_GPU if choose_device() == "cuda" else 1)
     full, embedded = _full_size(), load_base(EMBEDDED, dtype="bfloat16")
     rows = compare_decoding(full, dataset, ledger, 20, work="Qwen2.5-0.5B's size, 20 windows", **how)

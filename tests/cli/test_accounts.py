@@ -27,6 +27,7 @@ def _step(path, settings, *more):
     return json.loads(path.read_text())["total"]
 
 
+@pytest.mark.slow
 def test_every_row_of_a_plan_is_the_price_of_its_steps(tmp_path):
     """The embedded base's plan, which adapts every layer too, on an architecture that needs no network."""
     assert main([*QWEN, "--plan", "embedded", "--json", str(tmp_path / "plan.json")]) == 0

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from m2helpers import paths
 from m2helpers.__main__ import main
@@ -16,16 +15,16 @@ from m2helpers.runs import load_adapted
 from m2helpers.series import table_of
 from m2helpers.simulator import SimulatorSettings, simulate, write_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")]  # peft's
 VALUES = np.sin(np.arange(30))[:, None] + 2
 
 
 @pytest.fixture
-def adapter(tiny_base, tmp_path):
+def adapter(peft, tiny_base, tmp_path):
     """What `peft` saves of a LoRA whose matrices were moved."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_base(head_bias=False).model, config)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_base(head_bias=False).model, config)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -40,7 +39,7 @@ def series(tmp_path):
     return str(tmp_path / "series.csv")
 
 
-def test_forecast_is_that_of_peft(adapter, series, tiny_folder, tiny_base, tmp_path, monkeypatch):
+def test_forecast_is_that_of_peft(peft, adapter, series, tiny_folder, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
     out = tmp_path / "out.csv"
     command = ["forecast", series, "--model", str(tiny_folder), "--steps", "3", "--constrained", "--out", str(out)]
@@ -50,7 +49,7 @@ def test_forecast_is_that_of_peft(adapter, series, tiny_folder, tiny_base, tmp_p
 
     base, table = tiny_base(), table_of(pd.DataFrame(VALUES, columns=["a"]))
     (plain,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
-    PeftModel.from_pretrained(base.model, adapter).merge_and_unload()  # changes the layers of base.model in place
+    peft.PeftModel.from_pretrained(base.model, adapter).merge_and_unload()  # changes the layers of base.model in place
     (theirs,) = forecast_table(base, table, 3, constrained=True).outlooks[0].paths
     np.testing.assert_allclose(pd.read_csv(out)[["a"]], theirs, atol=1e-4)  # the file has a digit more than the text
     assert not np.array_equal(theirs, plain)

@@ -90,6 +90,7 @@ def test_train_evaluate_forecast(tiny_folder, data_file, tmp_path, capsys, monke
     assert pd.read_csv(out)["a"].max() > 0  # small units keep their digits
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_scale_on_other_data(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("m2helpers.evaluation.measure.evaluate_baselines", lambda *_, **__: [])
     own, other, run, out = (tmp_path / name for name in ("own.h5", "other.h5", "run", "metrics.json"))
@@ -137,6 +138,7 @@ def test_a_run_with_a_numeric_head_forecasts_constrained(tiny_folder, data_file,
     assert len(pd.read_csv(tmp_path / "ahead.csv")) == 3
 
 
+@pytest.mark.slow
 def test_the_ledger_shows_what_commands_spent(tiny_folder, data_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("M2_LEDGER", str(tmp_path / "ledger.sqlite"))
     monkeypatch.setattr(paths, "BASELINE_CACHE", tmp_path / "cache")
@@ -182,6 +184,7 @@ def test_a_users_mistake_is_one_line_and_status_1(tmp_path, capsys):
     assert message.startswith(f"m2helpers encode: {missing}: no such file") and message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_settings_of_its_bases_plan(tiny_folder, data_file, tmp_path, capsys):
     command = ["train", "--data", str(data_file), "--model", str(tiny_folder), "--output-dir", str(tmp_path / "run")]
     brief = "--max-steps 1 --max-length 64 --batch-size 2 --eval-windows 2".split()
@@ -237,6 +240,7 @@ def daily(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_names_and_dates_go_on_and_bands_are_drawn(daily, tiny_folder, capsys):
     out, picture = daily.with_name("out.csv"), daily.with_name("out.png")
     command = ["forecast", str(daily), "--model", str(tiny_folder), "--steps", "3", "--constrained", "--out", str(out)]
@@ -269,6 +273,7 @@ def test_what_cannot_be_written_costs_nothing(daily, tiny_folder, capsys, monkey
     assert daily.read_bytes() == before and [path.name for path in daily.parent.iterdir()] == ["daily.csv"]
 
 
+@pytest.mark.slow
 def test_the_last_rows_of_a_table_are_held_back(daily, tiny_folder, capsys):
     out, picture = daily.with_name("scores.csv"), daily.with_name("held.svg")
     command = ["backtest", str(daily), "--model", str(tiny_folder), "--steps", "3", "--windows", "2", "--samples", "3"]

@@ -51,6 +51,7 @@ def test_help_of_pretrain_shows_its_defaults(capsys):
     assert "Longest text, in tokens. (default: 1024)" in " ".join(_help(capsys, "pretrain").split())
 
 
+@pytest.mark.slow
 def test_help_and_parsing_import_nothing_heavy():
     program = f"""
 import contextlib, sys

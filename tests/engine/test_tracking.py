@@ -1,7 +1,6 @@
 """Trackers: what TensorBoard is told, and what is said when a tracker is not there."""
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m2helpers.engine.tracking import tracked
 from m2helpers.files import UserError
@@ -13,7 +12,10 @@ QUICK = TrainSettings(
 )
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_every_loss(tiny_base, small_data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes seconds
+
     result = train_lora(tiny_base(), small_data, QUICK, tmp_path / "run", progress=False, track="tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "logs" / "m2helpers")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scoringrules
 
 from m2helpers.evaluation import predictive
 from m2helpers.evaluation.measure import calibrate, evaluate
@@ -29,7 +28,10 @@ def _windows(n, samples=40, spread=1.0, seed=0, steps=3):
     return cases, [Distribution.from_paths(CODEC.rounded(d), CODEC.resolution) for d in draws]
 
 
+@pytest.mark.slow
 def test_scores_agree_with_an_independent_library():
+    import scoringrules  # takes seconds
+
     cases, distributions = _windows(12)
     scores = score_distributions(cases, distributions, CODEC, 40)
     truth = np.stack([case.unrounded for case in cases])
@@ -58,6 +60,7 @@ def test_scores_by_hand():
     assert scores.n == scores.n_valid == 1 and scores.spread is None
 
 
+@pytest.mark.slow
 def test_the_pit_of_discrete_values_is_that_of_randomised_ones():
     cases, distributions = _windows(400, samples=15, spread=1.5)
     scores = score_distributions(cases, distributions, CODEC, 15)
@@ -82,6 +85,7 @@ def test_stretching_keeps_medians_and_moves_quantiles_away_from_them():
     np.testing.assert_allclose(levels, np.broadcast_to(LEVELS[:, None, None], levels.shape), atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 def test_factors_bring_the_bands_to_cover_what_is_asked(spread):
     cases, distributions = _windows(500, spread=spread)

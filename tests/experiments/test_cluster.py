@@ -11,8 +11,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from m2helpers.__main__ import main
 from m2helpers.data import load_dataset
@@ -142,6 +140,9 @@ def _node(nodes):
 @pytest.fixture
 def two_nodes(monkeypatch):
     """A cluster of two nodes with a core each, and the second of them."""
+    import ray  # takes seconds
+    from ray.cluster_utils import Cluster
+
     nodes = Cluster()
     try:
         _node(nodes)
@@ -151,6 +152,18 @@ def two_nodes(monkeypatch):
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.mark.slow
+def test_one_process_can_have_one_cluster_after_another(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    for _ in range(2):
+        ray = cluster._connect(1, 0)
+        try:
+            assert ray.cluster_resources()["CPU"] >= 1
+        finally:
+            ray.shutdown()
 
 
 def _once(ready, then):

@@ -100,6 +100,7 @@ def test_a_stopped_plan_goes_on(run, tmp_path, monkeypatch, tiny_folder):
     assert pd.read_csv(tmp_path / "out" / "initial" / "history.csv")["step"].tolist() == [2, 4]
 
 
+@pytest.mark.slow
 def test_another_plans_runs_are_not_overwritten(run, tmp_path):
     run(stages=["initial"])
     before = (tmp_path / "out" / "initial" / "history.csv").read_bytes()
@@ -110,6 +111,7 @@ def test_another_plans_runs_are_not_overwritten(run, tmp_path):
     assert (tmp_path / "out" / "initial" / "history.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_measurements_of_another_base_are_not_taken_over(run, tmp_path):
     run(stages=["untrained"])
     path = tmp_path / "out" / "base" / "metrics.json"
@@ -213,6 +215,7 @@ def test_a_run_that_diverges_is_left_out_and_the_best_is_chosen_among_the_others
     assert not (tmp_path / "out" / lost[1] / "diverged.json").exists()
 
 
+@pytest.mark.slow
 def test_where_the_whole_grid_diverges_the_long_runs_keep_their_rate(run, diverge, tmp_path):
     plan = replace(PLAN, learning_rates=(1e-3,), ranks=(2,))
     tries = diverge(lambda settings: settings.max_steps == 2)
@@ -229,6 +232,7 @@ def test_a_long_run_that_diverges_ends_the_plan(run, diverge):
         run(stages=["final"])
 
 
+@pytest.mark.slow
 def test_a_plan_is_charged_to_the_ledger_it_is_given(run, tmp_path, monkeypatch):
     def none(base):
         raise AssertionError("the base's own ledger was asked for")

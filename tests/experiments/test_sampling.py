@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chi2
 
@@ -13,6 +14,7 @@ from m2helpers.text import Codec
 CODEC, CONTEXT, N = Codec(1.0, precision=0, max_integer_digits=2), "12;90;3;", 800
 
 
+@pytest.mark.slow
 def test_both_sides_draw_the_same_numbers(tiny_base):
     """Whole numbers of two digits, in 800 samples of each side, against their exact probabilities: chi-square, fixed seeds."""
     base = tiny_base()

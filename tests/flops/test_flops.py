@@ -97,6 +97,7 @@ def _difference(ours, theirs):
     return {path for path in ours | theirs if ours.get(path, 0) != theirs.get(path, 0)}
 
 
+@pytest.mark.slow
 def test_qwen_on_the_meta_device():
     config = Qwen2Config(**QWEN_05B)
     model = meta_model(config)
@@ -298,6 +299,7 @@ def test_published_figures():
     assert [abs(rest) < 0.005 for _, rest in found.values()] == [True, True, True, False]  # 5.94e12: not met
 
 
+@pytest.mark.slow
 def test_other_architectures_are_billed_by_the_counter_and_named_so():
     sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     settings = {"lora_r": 3, "vocabulary": 9, "past": 5, "scored_positions": 2}

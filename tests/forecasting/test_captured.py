@@ -53,6 +53,7 @@ def test_it_writes_and_reads_what_the_cpu_does(
         assert found[2] == 4 * len(CONTEXTS) and all(row.count(26) == 4 for row in found[0])
 
 
+@pytest.mark.slow
 def test_rows_that_are_done_stay_as_they_are_until_the_next_look(tiny_base, monkeypatch):
     """However seldom the host looks, and with no row ever taken out."""
     expected = _continued(continue_prompts, tiny_base(), Codec(1.0), temperature=0.7, constrained=True)

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import scoringrules
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +49,10 @@ def test_the_score_is_the_integral(seed):
             assert score[step, i] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_another_library():
+    import scoringrules  # takes seconds
+
     paths, weights, truth, made = _draw(7)
     members, shares = _spread(paths, weights, (0.1, 5.0))
     many = np.broadcast_to(shares, members.shape)
@@ -85,6 +87,7 @@ def test_figures_are_those_of_the_spread_members():
     np.testing.assert_array_equal(made.median, made.quantile([0.5])[0])
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(-50, 50), st.floats(0.01, 1)), min_size=1, max_size=9, unique_by=lambda c: c[0]),
     st.floats(0.001, 0.999),

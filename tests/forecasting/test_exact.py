@@ -68,6 +68,7 @@ def test_nothing_is_lost_but_what_is_pruned(base):
     )  # -0.0 is pruned
 
 
+@pytest.mark.slow
 def test_the_sampler_draws_from_it(base):
     """Chi-square of 2,000 samples in at most 30 classes, and one for what is pruned or rare."""
     n, context = 2000, "1.2;3.4;"
@@ -101,6 +102,7 @@ def _masses(distribution, step):
     return {cell: mass for cell, mass in pairs if mass > 0}
 
 
+@pytest.mark.slow
 def test_with_paths_enough_a_mixture_is_exact(base):
     context = "1;3;"
     (made,) = predictive_distributions(base, WHOLE, [context], 2, 1, n_paths=100, cutoff=1e-12)
@@ -109,6 +111,7 @@ def test_with_paths_enough_a_mixture_is_exact(base):
     assert made.pruned.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_few_paths_are_right_on_average(base):
     """Three paths of twenty, and thinned: the first step is exact whatever the seed, the second's mean over seeds is."""
     context, n = "1;3;", 40
@@ -124,6 +127,7 @@ def test_few_paths_are_right_on_average(base):
     )  # total variation of 0.06; of one seed it is about 0.3
 
 
+@pytest.mark.slow
 def test_a_contexts_distribution_knows_nothing_of_the_call(base):
     contexts = [CONTEXT, "0.1,9.9;5.0,2.2;4.", CONTEXT + "1.", "0.1,9.9;5.0,2.2;4.1,", "3.3,3.3;"]
     how = dict(n_paths=4, cutoff=2e-3, seed=5)
@@ -145,6 +149,7 @@ def test_its_first_step_is_the_next_step(base):
     assert made.pruned[0] == pytest.approx(found.pruned, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_first_step_too_wide_to_be_pruned_is_right_on_average(base):
     """Pruned at 5e-3 the second number would lose much; thinned, it loses nothing."""
     assert next_step(base, SHORT, CONTEXT, 2, cutoff=5e-3).pruned > 0.05

@@ -69,6 +69,7 @@ def test_a_batch_writes_what_its_rows_write_alone(base, batch_size):
     assert _texts(base, [CONTEXTS[i] for i in order], batch_size=batch_size) == [alone[i] for i in order]
 
 
+@pytest.mark.slow
 def test_a_batch_of_a_model_with_absolute_positions_is_as_alone(base, monkeypatch):
     """GPT-2 learns a vector for each position, so padding must not move a token to another one."""
     monkeypatch.setattr(
@@ -95,6 +96,7 @@ def test_greedy_decoding_is_that_of_transformers(base):
         assert base.tokenizer.decode(row).startswith(text) and text
 
 
+@pytest.mark.slow
 def test_unmerged_updates_decode_as_they_predict(base):
     """Generation runs the adapted model, without dropout."""
     before = _texts(base)
@@ -126,6 +128,7 @@ def test_a_row_without_separators_stops_at_the_limit_and_is_invalid(base):
     assert not result.valid and result.values.shape == (0, 2) and result.text
 
 
+@pytest.mark.slow
 def test_a_row_may_stop_while_another_goes_on_to_the_limit(base):
     """Some rows end at once, others never write a separator: neither disturbs the other."""
     _bias(base, 26, 3)
@@ -237,6 +240,7 @@ def test_a_longer_context_costs_more(base, monkeypatch):
 # ---------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed(base):
     first, again, other = (_texts(base, temperature=2.0, seed=seed) for seed in (0, 0, 1))
     assert first == again != other and first != _texts(base)
@@ -244,6 +248,7 @@ def test_samples_follow_the_seed(base):
     assert cold == _texts(base)  # so cold that only the likeliest is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constrained", [False, True])
 def test_a_contexts_draws_know_nothing_of_the_call(base, constrained):
     how = dict(temperature=1.5, seed=3, constrained=constrained)

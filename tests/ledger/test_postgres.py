@@ -119,6 +119,7 @@ def test_a_database_that_stays_away_stops_a_run_that_is_saved(
     assert again.history["loss"].tolist() == kept["loss"].tolist()
 
 
+@pytest.mark.slow
 def test_what_is_no_ledger_is_one_line_without_the_password(monkeypatch):
     for where, said in (
         ("mysql://me:secret@host/db", r"mysql://me:\*\*\*@host/db: no such kind of ledger"),

@@ -80,6 +80,7 @@ def _agree(first, second):
     assert records[0] == records[1]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_model(whole, tmp_path):
     _run(tmp_path / "again")
     _agree(whole[0], tmp_path / "again")
@@ -87,6 +88,7 @@ def test_one_seed_gives_one_model(whole, tmp_path):
     assert sha256_file(tmp_path / "other" / "model.safetensors") != sha256_file(whole[0] / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_goes_on_as_if_it_had_not_been(whole, tmp_path):
     """No time at all: it stops after each step, so five are one stop each, two of them right before a validation."""
     folder = tmp_path / "run"
@@ -157,6 +159,7 @@ def test_pre_training_leaves_the_processor_as_it_was(whole):
     assert np.float32(1e-39) * np.float32(1) > 0 and (torch.tensor([1e-39]) * 1).item() > 0
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path):
     settings = replace(QUICK, tokens=20 * 64, learning_rate=3e-2, adamw_learning_rate=3e-2, eval_steps=5)
     history = _run(tmp_path / "run", settings)["history"]
@@ -211,6 +214,7 @@ def test_every_batch_size_and_every_start_gives_the_same_texts():
         assert torch.equal(torch.cat(list(batches.step_texts(settings, first, "cpu"))), whole[2 * first :])
 
 
+@pytest.mark.slow
 def test_texts_drawn_by_workers_are_the_same(monkeypatch):
     """Beside a GPU other processes draw them: in order, none twice, and no matter that the whole group is told to end."""
     settings = replace(QUICK, tokens=20 * 2 * 32)
@@ -246,6 +250,7 @@ def test_the_loss_on_the_mixture_is_that_of_validation(whole):
 # ---------------------------------------------------------------- a further sitting
 
 
+@pytest.mark.slow
 def test_a_further_sitting_goes_on_from_the_weights(whole, tmp_path):
     """It starts where the first ended, keeps account of what that had cost, and resumes like any run."""
     folder, first = whole

@@ -30,6 +30,7 @@ def test_error_left_and_price_are_those_of_the_records():
     assert left == [f"{after / before:.0%}" for before, after in zip(*means, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_answer_names_every_context_and_its_errors():
     lines = conclusions.answer().splitlines()
     assert len(lines) == 3

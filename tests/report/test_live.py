@@ -47,6 +47,7 @@ def _compare(found, base, contexts, texts):
         assert np.abs(np.array(one["logits"]) - _logits(base, context)).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_javascript_computes_what_pytorch_does(tiny_base, tmp_path):
     """On a model of random weights, with other sizes than the shipped one's; in the Node that Playwright brings."""
     from playwright._impl._driver import compute_driver_executable

@@ -27,6 +27,7 @@ def recorded(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2, 3, 9])
 def test_jobs_on_several_machines_take_near_the_least_time(machines):
     jobs = [5.0, 3.0, 3.0, 2.0, 2.0, 1.0]
@@ -54,6 +55,7 @@ def test_gradients_are_those_of_what_is_trained():
     assert exchange_seconds(800, 2, 100.0) == 8 and exchange_seconds(800, 64, 100.0) == pytest.approx(15.75)
 
 
+@pytest.mark.slow
 def test_a_plan_costs_its_hours_times_its_gpus(recorded):
     """One GPU does all work one after the other, at the utilisation of its kind; half the price is half the dollars."""
     gpu = dict(name="G", dollars_per_hour=2.0, peak_flops=1e15, gpus_a_server=8)

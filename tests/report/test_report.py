@@ -37,6 +37,7 @@ def _records_in(monkeypatch, folder):
         monkeypatch.setattr(module, "checkpoint_folder", lambda base: folder)
 
 
+@pytest.mark.slow
 def test_pages_agree_with_the_records():
     contents = report.blocks()
     marked = [page for page in report.all_pages() if "<!-- begin: " in page.read_text(encoding="utf-8")]
@@ -156,6 +157,7 @@ def test_side_by_side_sets_published_figures_beneath_and_makes_nothing_up():
     assert "not run here" in table.index[2]
 
 
+@pytest.mark.slow
 def test_published_figures_stand_apart_with_their_source(tmp_path, monkeypatch):
     _records_in(monkeypatch, tmp_path)
     (tmp_path / "initial").mkdir()

@@ -12,6 +12,7 @@ from m2helpers.report.slides import Slide, argument, write_slides
 FOLDERS = ROOT / "notebooks", ROOT / "notebooks" / "diagrams"
 
 
+@pytest.mark.slow
 def test_the_argument_is_one_file_with_all_its_figures(tmp_path):
     shown = argument()
     write_slides(shown, *FOLDERS, tmp_path / "slides.html")

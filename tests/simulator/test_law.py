@@ -22,6 +22,7 @@ def test_fits_find_the_parameters_that_the_simulator_drew():
     np.testing.assert_allclose(found, drawn, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_data_of_another_law_are_refused():
     noise = np.exp(np.random.default_rng(0).normal(0, 0.3, (20, 12, 2)))
     with pytest.raises(UserError, match=r"made\.h5: the predator-prey equations fit 0 of 16 training series"):
