@@ -12,6 +12,9 @@ from .findings import markdown_header as markdown_header
 from .findings import seed_records as seed_records
 from .findings import seeds_table as seeds_table
 from .findings import sweeps_table as sweeps_table
+from .gaps import gap_passage as gap_passage
+from .gaps import plot_gap as plot_gap
+from .gaps import recorded_gaps as recorded_gaps
 from .goals import goals_table as goals_table
 from .headline import brief_table as brief_table
 from .headline import cost_line as cost_line

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..evaluation.floor import bayes_gap, floor_row, recorded_floor
 from ..evaluation.measure import rounding_cost
 from ..evaluation.protocols import P5_CONTEXTS
 from ..evaluation.scores import Result, duel, paired_change
@@ -16,7 +15,6 @@ from ..files import read_json
 from ..flops.account import CAP, forward_account, training_flops
 from ..flops.architecture import QWEN_05B
 from ..paths import checkpoint_folder
-from ..simulator import law_of
 from .findings import figure, markdown_header, seed_records
 from .tables import baseline_results, shipped_data, stage_results, verdict
 from .terms import LAW
@@ -79,34 +77,6 @@ def run_flops(base: str = "embedded") -> dict[str, float]:
         if path.is_file():
             found[stage] = float(pd.read_csv(path)["flops"].iloc[-1])
     return found
-
-
-def gap_passage(base: str = "embedded") -> str:
-    """How far each run is from the best possible forecast, in Markdown, from the shipped floors; says so where none is shipped."""
-    dataset, codec = shipped_data()
-    law = law_of(dataset)
-    floors = {s: recorded_floor(dataset, codec, law, s) for s in P5_CONTEXTS}
-    rows = [floor_row(dataset, codec, s, found) for s, found in floors.items() if len(found)]
-    if not rows:
-        return (
-            "**Not measured yet.** No floor of the test windows is shipped with this version, so the gap cannot be stated; `m2helpers floor` computes it, in hours. "
-            f"Until then the {LAW} stands in for it, which is one point and no limit."
-        )
-    gaps = bayes_gap(stage_results(base), rows)
-    lines = markdown_header("error over the floor's", *(f"S = {row.context}" for row in rows))
-    for stage, group in gaps.groupby("model", sort=False):
-        by_context = group.set_index("S")
-        cells = [
-            f"{by_context.loc[row.context, 'MAE gap']:.1f} ({by_context.loc[row.context, 'low']:.1f}–{by_context.loc[row.context, 'high']:.1f})"
-            if row.context in by_context.index
-            else "–"
-            for row in rows
-        ]
-        lines.append(f"| {stage_label(str(stage))} | {' | '.join(cells)} |")
-    basis = "; ".join(f"S = {row.context}: {row.mae:.4f}, from {row.n_mixed} of {row.n} windows" for row in rows)
-    absent = [str(s) for s, found in floors.items() if not len(found)]
-    said = f"The floor's own mean absolute error, on equal terms: {basis}. 95 % bootstrap intervals in brackets."
-    return "\n".join([*lines, "", said + (f" Not computed yet: S = {', '.join(absent)}." if absent else "")])
 
 
 def on_qwen() -> str:

@@ -12,9 +12,10 @@ from ..data import load_dataset, statistics_table
 from ..files import UserError, read_json, write_text
 from ..flops.account import CAP
 from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, checkpoint_folder
-from .conclusions import answer, bought, gap_passage, limits, on_qwen
+from .conclusions import answer, bought, limits, on_qwen
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, figure, markdown_header, seeds_table, sweeps_table
+from .gaps import gap_passage
 from .goals import goals_table
 from .headline import brief_table, cost_line, headline_table
 from .prices import cost_blocks

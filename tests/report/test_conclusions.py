@@ -4,9 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m2helpers.data import load_dataset
-from m2helpers.evaluation.floor import Floor
-from m2helpers.evaluation.protocols import make_cases
 from m2helpers.flops.account import training_flops
 from m2helpers.flops.architecture import QWEN_05B
 from m2helpers.paths import EMBEDDED_BASE
@@ -42,30 +39,6 @@ def test_without_records_nothing_is_concluded(monkeypatch):
     monkeypatch.setattr(conclusions, "stage_results", lambda base: {})
     for passage in (conclusions.answer, conclusions.bought, conclusions.limits):
         assert passage() == conclusions._MISSING
-
-
-def test_without_a_floor_the_gap_is_said_to_be_unmeasured(monkeypatch):
-    empty = np.empty((0, 5, 2))
-    monkeypatch.setattr(
-        conclusions, "recorded_floor", lambda *about: Floor(empty, empty, empty, empty, np.empty(0), np.empty(0))
-    )
-    assert conclusions.gap_passage().startswith("**Not measured yet.**")
-
-
-def test_the_gap_is_the_models_error_over_the_floors(monkeypatch):
-    _, codec = tables.shipped_data()
-    cases = make_cases(load_dataset().part("test"), codec, "P5", 128)[:40]
-    truth, off = (
-        np.stack([case.truth for case in cases]),
-        0.1 / codec.scale * np.ones((40, 5, 2)),
-    )  # ten hundredths as text
-    whole = Floor(truth + off, truth, truth + 2 * off, off, np.ones(40), np.full(40, 100.0))
-    none = Floor(*(part[:0] for part in (truth, truth, truth, truth, np.ones(40), np.ones(40))))
-    monkeypatch.setattr(conclusions, "recorded_floor", lambda d, c, law, s: whole if s == 128 else none)
-    passage = conclusions.gap_passage()
-    ours = np.mean(RESULTS["final"][0].window_mae[:40])
-    assert _cells(passage, "final")[1].startswith(f"{ours / (0.1 / codec.scale):.1f} (")
-    assert "S = 128: 0.0817, from 40 of 40 windows" in passage and "Not computed yet: S = 512, 768" in passage
 
 
 def test_qwens_prices_are_those_of_the_account():
