@@ -49,7 +49,7 @@ check: lint
 	$(PY) -m pytest -q $(TWO_WORKERS) -m "not slow" tests
 
 test: $(READY)
-	$(PY) -m pytest $(TWO_WORKERS) tests
+	$(PY) -m pytest $(TWO_WORKERS) $(if $(M2_TEST_ALL),,-m "not long") tests
 	$(PY) -m pytest -n 2 --dist loadscope --nbval notebooks solutions
 
 # Executes the notebooks where they are: refreshes the committed outputs and the record of what each one costs.

@@ -59,6 +59,7 @@ def test_dead_kernel_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_changed_record_changes_the_notebook(tmp_path, monkeypatch):
     """On a copy of the project: what notebook 5 says of the initial run is read from the run's record."""
     for name in ("m2helpers", "data", "notebooks", "checkpoint", "pyproject.toml", "docs/notebook_costs.json"):

@@ -117,6 +117,7 @@ def test_the_bar_shows_what_a_step_returns(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_any_write_or_moment_ends_the_same(tmp_path):
     hit = campaign("fine-tuning", tmp_path, kills=3, seed=0)
     assert hit["boundaries"] == hit["writes"] > 15  # a kill that misses shows nothing

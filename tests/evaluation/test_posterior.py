@@ -100,6 +100,7 @@ def test_draws_agree_with_brute_force(law):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_the_truth_are_even(law):
     """Simulation-based calibration (Talts et al., 2018): 60 systems drawn from the law, the truth's rank among the draws."""
     codec = Codec(fit_scale(load_dataset().part("train")))

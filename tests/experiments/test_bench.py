@@ -33,9 +33,14 @@ def quick(tiny_folder, monkeypatch, tmp_path):
 
 
 SLOW = ("train", "train-embedded", "decode-embedded", "samples", "samples-embedded", "rivals", "rivals-decode")
+LONG = ("rivals",)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
+def _marks(name):
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.long] * (name in LONG)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in BENCHMARKS])
 def test_both_sides_are_timed_and_compared(name, quick, long_data):
     record = quick / "benchmarks.json"
     record.write_text(json.dumps({"kept": {}}))

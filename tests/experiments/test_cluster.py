@@ -155,6 +155,7 @@ def two_nodes(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_process_can_have_one_cluster_after_another(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
@@ -181,6 +182,7 @@ def _once(ready, then):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_that_is_stopped_and_loses_a_node_leaves_the_records_of_one_process(
     two_nodes, tiny_folder, long_data, tmp_path, monkeypatch
 ):
