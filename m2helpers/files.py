@@ -169,6 +169,13 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
+def half_written(folder: str | os.PathLike) -> list[Path]:
+    """What processes that were killed left of the files they wrote into a folder."""
+    return [
+        path for pattern in (".*.part", ".tmp??????") for path in Path(folder).glob(pattern)
+    ]  # safetensors' are the latter
+
+
 def _part(folder: Path, name: str) -> Path:
     return folder / f".{name}.{os.getpid()}.part"
 

@@ -130,11 +130,11 @@ def load_base(
         _check_memory(name, needed, device)
         model = _read_weights(folder, config, precision, device, quantised)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _check_tokenizer(name, folder, tokenizer, model)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds over a stranger's files
         raise unloadable(name, f"cannot be loaded from {folder}", error, "fetch or copy the model again") from error
-    _check_tokenizer(name, folder, tokenizer, model)
     if (folder / ADAPTER_CONFIG).is_file():
         warnings.warn(
             f"{name}: an adapter lies beside the weights; the base is loaded without it (--adapter {folder} applies it)",

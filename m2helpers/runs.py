@@ -27,7 +27,7 @@ from .data import Dataset
 from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_files
 from .engine.processes import by_first
 from .engine.resume import delete_state, has_state
-from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json, write_text
+from .files import UserError, atomic_folder, half_written, read_json, sha256_file, sha256_json, write_text
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .paths import find_run
@@ -207,7 +207,8 @@ def describe(
 def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
     """Hold a folder for the one run that writes into it; None is no folder, and nothing is held.
 
-    The folder is made when it does not exist, and deleted again if nothing was written into it.
+    The folder is made when it does not exist, and deleted again if nothing was written into it. What a run that was killed
+    has left half-written there is deleted.
 
     Raises
     ------
@@ -223,6 +224,9 @@ def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
     try:
         lock = _lock(folder)
         try:
+            for path in half_written(folder):  # by one who was killed
+                if path.name != LOCK_NAME:
+                    path.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

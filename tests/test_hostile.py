@@ -14,6 +14,7 @@ import zipfile
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +98,16 @@ def test_parquet_of_more_rows_than_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "_CELLS", 20)
     pd.DataFrame({"a": np.zeros(30)}).to_parquet(tmp_path / "own.parquet")
     _refused(read_table, tmp_path / "own.parquet", "30 rows of 1 columns are too many")
+
+
+def test_parquet_whose_note_of_its_index_is_of_another_file(tmp_path):
+    frame = pd.DataFrame({"a": np.zeros(30)}, index=pd.Index([*range(30)][::-1], name="day"))
+    written = pyarrow.Table.from_pandas(frame)
+    note = json.loads(written.schema.metadata[b"pandas"])
+    note["columns"] = [column for column in note["columns"] if column["name"] != "day"]
+    written = written.replace_schema_metadata({"pandas": json.dumps(note)})
+    pyarrow.parquet.write_table(written, tmp_path / "own.parquet")
+    _refused(read_table, tmp_path / "own.parquet", "cannot be read as Parquet .*; give Parquet or CSV")
 
 
 @pytest.mark.parametrize("cell", [[1, 2], {"k": 1}, b"bytes", np.ones(2)])
@@ -224,6 +235,12 @@ def test_a_config_that_asks_for_more_than_its_weights(values, model):
     """Refused before memory is taken for it; what transformers refuses itself is refused as well."""
     _change(model / "config.json", **values)
     _refused(load_base, str(model), "config.json says|cannot be loaded")
+
+
+@pytest.mark.parametrize("longest", [[], "x"])
+def test_a_tokenizer_that_cannot_be_used(longest, model):
+    _change(model / "tokenizer_config.json", model_max_length=longest)
+    _refused(load_base, str(model), "cannot be loaded from .* fetch or copy the model again")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")

@@ -70,7 +70,10 @@ def test_a_killed_writer_holds_nothing(start, tmp_path):
     other.kill()
     other.join()
     assert os.listdir(tmp_path / "run") == [LOCK_NAME]
+    for half in (".config.json.123.part", ".tmpSxQoKF"):
+        (tmp_path / "run" / half).touch()
     with sole_writer(tmp_path / "run"):
+        assert os.listdir(tmp_path / "run") == [LOCK_NAME]
         (tmp_path / "run" / "kept").touch()
     assert os.listdir(tmp_path / "run") == ["kept"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagConversionOff, arg, create_mutex_group
 
-from ..files import UserError, write_json, write_text
+from ..files import UserError, check_writable, write_json, write_text
 from ..settings import LoraSettings, TrainSettings, default_model
 from .options import BaseName, Flag, OptionalFile
 
@@ -136,6 +136,9 @@ class Spent:
         path = ledger_path(self.model)
         report = read_ledger(path)
         entries = pd.DataFrame(report["entries"], columns=COLUMNS)
+        for out in (self.json, self.csv):  # neither is written where the other cannot be
+            if out:
+                check_writable(out)
         if self.json:
             write_json(self.json, report)
         if self.csv:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..files import UserError, atomic_path
+from ..files import UserError, atomic_path, half_written
 
 STATE_NAME = "state.safetensors"
 PREVIOUS_NAME = "state.previous.safetensors"
@@ -128,7 +128,7 @@ def delete_state(folder: Path) -> None:
 
     The last state goes last: until then the folder is that of a stopped run.
     """
-    for path in [*Path(folder).glob(".*.part"), Path(folder) / PREVIOUS_NAME, Path(folder) / STATE_NAME]:
+    for path in [*half_written(folder), Path(folder) / PREVIOUS_NAME, Path(folder) / STATE_NAME]:
         path.unlink(missing_ok=True)
 
 

@@ -211,11 +211,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         if about.num_rows * max(1, about.num_columns) > _CELLS:  # a few bytes can stand for any number of rows
             raise UserError(f"{path}: {about.num_rows:,} rows of {about.num_columns} columns are too many; cut it down")
         return pd.read_parquet(path)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or give CSV") from None
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except Exception as error:  # what pandas has noted in the file about its index may be anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as Parquet ({reason}); give Parquet or CSV") from None
 

@@ -136,7 +136,7 @@ def attempt(case: Case, folder: Path, guard: Guard) -> str:
         return "usage" if status == 2 else "refused"
     try:
         check(case, folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (AssertionError, OSError, ValueError, LookupError, TypeError) as error:
         raise AssertionError(f"{words}: {error!r} in its result") from None
     return "done"
 
@@ -197,7 +197,8 @@ def check(case: Case, folder: Path) -> None:
         assert report["spent"] == sum(entry["flops"] for entry in report["entries"]) >= 0
         assert all(isinstance(entry["flops"], int) and entry["flops"] >= 0 for entry in report["entries"])
     elif command == "export":
-        assert any((folder / name / "model.safetensors").is_file() for name in ("plain", "new")), "nothing exported"
+        made = [path.relative_to(folder).as_posix() for path in folder.rglob("model.safetensors")]
+        assert set(made) - set(case.files), "nothing exported"
 
 
 # ---------------------------------------------------------------- what is read with

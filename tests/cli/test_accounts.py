@@ -53,3 +53,9 @@ def test_what_changes_the_price_of_a_step_has_a_flag(change, convention, tmp_pat
 def test_activations_are_computed_again_in_training_only(capsys):
     assert main([*QWEN, "--gradient-checkpointing", "1"]) == 1
     assert "add --train" in capsys.readouterr().err
+
+
+def test_a_ledger_is_written_to_both_files_or_to_neither(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "ledger.json"
+    assert main(["ledger", "--model", str(tiny_folder), "--json", str(out), "--csv", str(tmp_path)]) == 1
+    assert f"{tmp_path}: cannot be written (it is a folder)" in capsys.readouterr().err and not out.exists()
