@@ -169,11 +169,12 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def half_written(folder: str | os.PathLike) -> list[Path]:
-    """What processes that were killed left of the files they wrote into a folder."""
-    return [
-        path for pattern in (".*.part", ".tmp??????") for path in Path(folder).glob(pattern)
-    ]  # safetensors' are the latter
+def clear_half_written(folder: str | os.PathLike, keep: str = "") -> None:
+    """Delete what processes that were killed left of the files and folders they wrote into a folder, but for the name `keep`."""
+    for pattern in (".*.part", ".tmp??????"):  # the latter are safetensors' own
+        for path in Path(folder).glob(pattern):
+            if path.name != keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _part(folder: Path, name: str) -> Path:

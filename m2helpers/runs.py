@@ -27,7 +27,7 @@ from .data import Dataset
 from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_files
 from .engine.processes import by_first
 from .engine.resume import delete_state, has_state
-from .files import UserError, atomic_folder, half_written, read_json, sha256_file, sha256_json, write_text
+from .files import UserError, atomic_folder, clear_half_written, read_json, sha256_file, sha256_json, write_text
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .paths import find_run
@@ -224,9 +224,7 @@ def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
     try:
         lock = _lock(folder)
         try:
-            for path in half_written(folder):  # by one who was killed
-                if path.name != LOCK_NAME:
-                    path.unlink(missing_ok=True)
+            clear_half_written(folder, keep=LOCK_NAME)
             yield
         finally:
             lock.release()

@@ -72,6 +72,8 @@ def test_a_killed_writer_holds_nothing(start, tmp_path):
     assert os.listdir(tmp_path / "run") == [LOCK_NAME]
     for half in (".config.json.123.part", ".tmpSxQoKF"):
         (tmp_path / "run" / half).touch()
+    (tmp_path / "run" / ".adapters.123.part").mkdir()
+    (tmp_path / "run" / ".adapters.123.part" / "weights").touch()
     with sole_writer(tmp_path / "run"):
         assert os.listdir(tmp_path / "run") == [LOCK_NAME]
         (tmp_path / "run" / "kept").touch()

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..files import UserError, atomic_path, half_written
+from ..files import UserError, atomic_path, clear_half_written
 
 STATE_NAME = "state.safetensors"
 PREVIOUS_NAME = "state.previous.safetensors"
@@ -128,8 +128,9 @@ def delete_state(folder: Path) -> None:
 
     The last state goes last: until then the folder is that of a stopped run.
     """
-    for path in [*half_written(folder), Path(folder) / PREVIOUS_NAME, Path(folder) / STATE_NAME]:
-        path.unlink(missing_ok=True)
+    clear_half_written(folder)
+    for name in (PREVIOUS_NAME, STATE_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _read(path: Path, kind: type[AnyState]) -> tuple[dict[str, torch.Tensor], AnyState]:
