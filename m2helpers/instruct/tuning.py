@@ -290,7 +290,8 @@ class _Charge(TrainerCallback):
         self.bar.update()
         if any_of(self.asked_to_stop()) and state.global_step < state.max_steps:
             place = f"stopped at step {state.global_step:,} of {state.max_steps:,}"
-            end(Stopped(f"{self.trainer.label}: {place}{self.resumable}"))
+            remedy = self.resumable or "; nothing is saved before the first epoch ends: begin again"
+            end(Stopped(f"{self.trainer.label}: {place}{remedy}"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let the mean of the losses begin anew, as it does after a stop."""

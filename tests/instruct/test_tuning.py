@@ -182,18 +182,25 @@ tuning.tune(base, data, settings, "run", progress=False, ledger=Ledger("ledger.s
         _tune(run, base_folder, ledger)
 
 
-def test_a_stop_waits_for_the_step_and_says_how_to_go_on(base_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (9, "run: stopped at step 5 of 12; --resume goes on after epoch 1"),
+        (1, "run: stopped at step 1 of 12; nothing is saved before the first epoch ends: begin again"),
+    ],
+)
+def test_a_stop_waits_for_the_step_and_says_how_to_go_on(asked, said, base_folder, tmp_path, monkeypatch):
     steps, step = [], tuning._Trainer.training_step
 
     def interrupted(*args, **named):
         steps.append(1)
-        if len(steps) == 9:
+        if len(steps) == asked:
             signal.raise_signal(signal.SIGTERM)
         return step(*args, **named)
 
     ledger = Ledger(tmp_path / "ledger.sqlite")
     monkeypatch.setattr(tuning._Trainer, "training_step", interrupted)
-    with pytest.raises(Stopped, match=r"run: stopped at step 5 of 12; --resume goes on after epoch 1$"):
+    with pytest.raises(Stopped, match=f"^{said}$"):
         _tune(tmp_path / "run", base_folder, ledger)
     assert {entry["state"] for entry in ledger.entries()} == {"settled"}  # what was done, and no more
 
