@@ -34,25 +34,17 @@ def _inputs(entry: dict[str, Any] | None) -> str:
 def _faults(entry: dict[str, Any] | None) -> str:
     if not entry:
         return ""
-    lines = [
-        f"**Faults** at every {_ordinal(entry['every'])}write, signals also at {entry['moments']} random moments each, {entry['date']}:",
-        "",
-    ]
-    lines += markdown_header(
-        "work", "writes", "faults met", "did not mind", "refused in one line", "died of the signal"
-    )
-    for work, met in entry["met"].items():
+    lines = [f"**Faults** before each so many-th write, and signals at random moments, {entry['date']}:", ""]
+    names = ("work", "writes", "a fault before every", "random moments", "faults met")
+    lines += markdown_header(*names, "did not mind", "refused in one line", "died of the signal")
+    for work, found in entry["works"].items():
         counts = Counter[str]()
-        for name, count in met.items():
-            counts[name.rpartition(": ")[2]] += count * (name != "writes")
-        cells = [met["writes"], *(counts[how] for how in ("done", "refused", "killed"))]
-        cells.insert(1, sum(cells[1:]))
+        for name, count in found["met"].items():
+            counts[name.rpartition(": ")[2]] += count
+        cells = [counts[how] for how in ("done", "refused", "killed")]
+        cells = [found["writes"], found["every"], found["moments"], sum(cells), *cells]
         lines.append(f"| {work} | {' | '.join(f'{cell:,}' for cell in cells)} |")
     return "\n".join([*lines, "", "All of them, done again, ended with the bytes of a run that was left alone."])
-
-
-def _ordinal(every: int) -> str:
-    return "" if every == 1 else f"{every}th "
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

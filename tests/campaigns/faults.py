@@ -434,7 +434,6 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="each how many writes")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    met = {}
     with tempfile.TemporaryDirectory(prefix="m2-faults-") as folder:
         inputs = Path(folder)
         inputs.chmod(0o755)  # another user reads it too
@@ -444,14 +443,13 @@ def main() -> int:
             campaign.real()
             campaign.at_writes((*ERRORS[:3], "removed", "clock", "memory", *SIGNALS[:3]), options.every)
             campaign.at_random(SIGNALS, options.moments)
-            met[name] = {"writes": campaign.writes, **dict(sorted(campaign.met.items()))}
-            print(f"{name}: {met[name]}, {time.monotonic() - began:.0f} s", flush=True)
+            how = {"writes": campaign.writes, "every": options.every, "moments": options.moments}
+            found = {**how, "met": dict(sorted(campaign.met.items()))}
+            print(f"{name}: {found}, {time.monotonic() - began:.0f} s", flush=True)
             if options.record:
                 from tests.campaigns.record import known, record
 
-                how = {"moments": options.moments, "every": options.every}
-                same = known("faults") if how.items() <= known("faults").items() else {"met": {}}
-                record("faults", {**how, "met": same["met"] | met})
+                record("faults", {"works": known("faults").get("works", {}) | {name: found}})
     return 0
 
 
