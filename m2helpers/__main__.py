@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from safetensors import SafetensorError
 
@@ -41,7 +45,7 @@ def _run(name: str, command: Command) -> int:
         print(f"m2helpers {name}: {_one_line(message)}", file=sys.stderr)
 
     try:
-        with warnings.catch_warnings():
+        with _unwound_by_signals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of numbers that are then refused or counted
             warnings.showwarning = lambda message, *_: tell(message)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -72,6 +76,39 @@ def _run(name: str, command: Command) -> int:
         tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
     return 0
+
+
+class _Signalled(BaseException):
+    """A signal came that ends the program."""
+
+
+@contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that what is half-written is deleted, and then the process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, came = os.getpid(), list[int]()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != ours:  # a process that was forked from this one has nothing to clear up
+            os.kill(os.getpid(), number)
+        came.append(number)
+        raise _Signalled
+
+    deadly = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]  # under nohup, one is not
+    for number in heeded:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Signalled:
+        os.kill(os.getpid(), came[0])
+        raise
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _share(name: str, command: Command) -> None:

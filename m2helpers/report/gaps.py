@@ -43,7 +43,7 @@ def gap_passage(base: str = "embedded") -> str:
         by_context = group.set_index("S")
         cells = ["–" if row.context not in by_context.index else _cell(by_context.loc[row.context]) for row in rows]
         lines.append(f"| {stage_label(str(model))} | {' | '.join(cells)} |")
-    basis = "; ".join(f"S = {row.context}: {row.mae:.4f}, from {row.n_mixed} of {row.n} windows" for row in rows)
+    basis = "; ".join(f"S = {row.context}: {row.mae:.5f}, from {row.n_mixed} of {row.n} windows" for row in rows)
     said = f"The floor's own mean absolute error, on equal terms: {basis}. 95 % bootstrap intervals in brackets."
     if "CRPS gap" in gaps and gaps["CRPS gap"].notna().any():
         scored = gaps.dropna(subset="CRPS gap")
@@ -74,7 +74,7 @@ def plot_gap(axes: Sequence[Axes], floors: Sequence[FloorRow], gaps: pd.DataFram
         log_scale(ax)
     limits: list[list[float]] = [[row.mae for row in floors], [1.0] * len(floors)]
     for ax, best in zip(axes, limits, strict=True):
-        below = ax.get_ylim()[0] / 1.3
+        below = min(ax.get_ylim()[0], *best) / 1.2
         ax.fill_between(contexts, below, best, color="0.88", lw=0, zorder=0, label="below the best possible")
         ax.plot(contexts, best, ".-", color="0.5", lw=2, zorder=1)
-        ax.set_ylim(bottom=min(below, *best))
+        ax.set_ylim(bottom=below)

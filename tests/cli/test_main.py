@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -391,3 +393,24 @@ def test_every_console_can_show_help_and_messages(encoding, tmp_path, monkeypatc
 def test_the_console_script_is_this_main():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert pkgutil.resolve_name(project["scripts"]["m2helpers"]) is main
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_half_written_and_is_died_of(name, tmp_path):
+    program = f"""
+import os, signal, sys
+from m2helpers.__main__ import _run
+from m2helpers.files import atomic_path
+
+def work():
+    with atomic_path({str(tmp_path / "out.csv")!r}) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.{name})
+        signal.pause()
+
+signal.signal(signal.{name}, signal.SIG_DFL)
+sys.exit(_run("forecast", work))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert ended.returncode == -getattr(signal, name) and ended.stderr == b"" and not os.listdir(tmp_path)
