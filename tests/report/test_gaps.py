@@ -32,7 +32,10 @@ def test_the_gap_is_the_models_error_over_the_floors(monkeypatch):
     passage = gaps.gap_passage()
     ours = np.mean(RESULTS["final"][0].window_mae[:40])
     assert _cells(passage, "final")[1].startswith(f"{ours / (0.1 / codec.scale):.1f} (")
-    assert f"S = 128: {0.1 / codec.scale:.5f}, from 40 of 40 windows" in passage and "Not computed yet: S = 512, 768" in passage
+    assert (
+        f"S = 128: {0.1 / codec.scale:.5f}, from 40 of 40 windows" in passage
+        and "Not computed yet: S = 512, 768" in passage
+    )
     rows, found = gaps.recorded_gaps()
     figure, axes = plt.subplots(1, 2)
     gaps.plot_gap(axes, rows, found)
