@@ -227,6 +227,7 @@ def _child(name: str, inputs: str, folder: str, fault: Fault, tell: Any) -> None
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and a shell, of what it runs in the background
     place = Path(folder)
     os.environ["M2_LEDGER"] = f"{folder}.sqlite"
     os.environ["HF_HUB_OFFLINE"] = "1"
