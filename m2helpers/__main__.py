@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .cli.parser import Command, help_text, parse
-from .files import UserError
+from .files import UserError, delete_unfinished
 
 SHARED = ("train", "pretrain", "instruct")
 """The commands that several processes may share (`engine.processes`)."""
@@ -45,7 +45,7 @@ def _run(name: str, command: Command) -> int:
         print(f"m2helpers {name}: {_one_line(message)}", file=sys.stderr)
 
     try:
-        with _unwound_by_signals(), warnings.catch_warnings():
+        with _cleared_up_on_signals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of numbers that are then refused or counted
             warnings.showwarning = lambda message, *_: tell(message)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -78,24 +78,20 @@ def _run(name: str, command: Command) -> int:
     return 0
 
 
-class _Signalled(BaseException):
-    """A signal came that ends the program."""
-
-
 @contextmanager
-def _unwound_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that what is half-written is deleted, and then the process as ever."""
+def _cleared_up_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, which end the process as ever, delete what is half-written first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours, came = os.getpid(), list[int]()
+    ours = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
+        # Here and not by an exception, which is lost where it comes while Python frees memory.
+        if os.getpid() == ours:  # not in a process that was forked from this one
+            delete_unfinished()
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != ours:  # a process that was forked from this one has nothing to clear up
-            os.kill(os.getpid(), number)
-        came.append(number)
-        raise _Signalled
+        os.kill(os.getpid(), number)
 
     deadly = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heeded = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]  # under nohup, one is not
@@ -103,9 +99,6 @@ def _unwound_by_signals() -> Iterator[None]:
         signal.signal(number, end)
     try:
         yield
-    except _Signalled:
-        os.kill(os.getpid(), came[0])
-        raise
     finally:
         for number in heeded:
             signal.signal(number, signal.SIG_DFL)

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from gzip import GzipFile
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 LARGEST = 1 << 28  # bytes that are read of a file of text, packed or not
 _BLOCK = 4096  # bytes: what a probe writes, for a full disk still makes empty files
+_unfinished: set[Path] = set()  # what this process has begun to write and not put in place
 
 
 class UserError(ValueError):
@@ -111,6 +112,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = _new_file_mode(target.parent, target.name)
         temporary = _part(target.parent, target.name)
+        _unfinished.add(temporary)
         try:
             yield temporary
             with open(temporary, "rb+") as stream:
@@ -122,6 +124,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+            _unfinished.discard(temporary)
     except (OSError, SafetensorError) as error:  # of a full disk, some libraries tell neither file nor number
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(path)) from error
@@ -133,6 +136,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     temporary = _part(path.parent, path.name)
     shutil.rmtree(temporary, ignore_errors=True)
+    _unfinished.add(temporary)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -140,6 +144,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _unfinished.discard(temporary)
 
 
 def apply_umask(folder: str | os.PathLike) -> None:
@@ -172,9 +177,20 @@ def _stat(path: Path) -> os.stat_result | None:
 def clear_half_written(folder: str | os.PathLike, keep: str = "") -> None:
     """Delete what processes that were killed left of the files and folders they wrote into a folder, but for the name `keep`."""
     for pattern in (".*.part", ".tmp??????"):  # the latter are safetensors' own
-        for path in Path(folder).glob(pattern):
-            if path.name != keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete(path for path in Path(folder).glob(pattern) if path.name != keep)
+
+
+def delete_unfinished() -> None:
+    """Delete what this process has begun to write, as it is about to be ended."""
+    _delete(list(_unfinished))
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _part(folder: Path, name: str) -> Path:
