@@ -35,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"m2helpers {__version__}")
         return 0
-    return _run(arguments[0], parse(arguments))
+    try:
+        command = parse(arguments)
+    except KeyboardInterrupt:  # what reads the command line takes a moment to import
+        print(f"m2helpers {arguments[0]}: stopped before it began; nothing was done", file=sys.stderr)
+        return 1
+    return _run(arguments[0], command)
 
 
 def _run(name: str, command: Command) -> int:

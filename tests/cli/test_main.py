@@ -414,3 +414,12 @@ sys.exit(_run("forecast", work))
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert ended.returncode == -getattr(signal, name) and ended.stderr == b"" and not os.listdir(tmp_path)
+
+
+def test_ctrl_c_before_a_command_begins_is_one_line(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("m2helpers.__main__.parse", interrupted)
+    assert main(["ledger"]) == 1
+    assert capsys.readouterr().err == "m2helpers ledger: stopped before it began; nothing was done\n"
