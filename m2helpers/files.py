@@ -200,6 +200,7 @@ def _part(folder: Path, name: str) -> Path:
 def _new_file_mode(folder: Path, name: str) -> int:
     """The mode that the system gives a new file in a folder; an `OSError` where there is no right or no room for one."""
     probe = _part(folder, name)
+    _unfinished.add(probe)
     try:
         with open(probe, "wb") as stream:
             stream.write(bytes(_BLOCK))
@@ -207,6 +208,7 @@ def _new_file_mode(folder: Path, name: str) -> int:
             return stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
     finally:
         probe.unlink(missing_ok=True)
+        _unfinished.discard(probe)
 
 
 def _descriptor(found: os.stat_result) -> int | None:
