@@ -5,19 +5,15 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
 from . import __version__
 from .cli.parser import Command, help_text, parse
-from .files import UserError, delete_unfinished
+from .files import UserError, cleared_up_on_signals
 
 SHARED = ("train", "pretrain", "instruct")
 """The commands that several processes may share (`engine.processes`)."""
@@ -50,7 +46,7 @@ def _run(name: str, command: Command) -> int:
         print(f"m2helpers {name}: {_one_line(message)}", file=sys.stderr)
 
     try:
-        with _cleared_up_on_signals(), warnings.catch_warnings():
+        with cleared_up_on_signals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of numbers that are then refused or counted
             warnings.showwarning = lambda message, *_: tell(message)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -81,32 +77,6 @@ def _run(name: str, command: Command) -> int:
         tell("stopped; a command that has --resume goes on from its last save with it")
         return 1
     return 0
-
-
-@contextmanager
-def _cleared_up_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, which end the process as ever, delete what is half-written first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        # Here and not by an exception, which is lost where it comes while Python frees memory.
-        if os.getpid() == ours:  # not in a process that was forked from this one
-            delete_unfinished()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    deadly = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]  # under nohup, one is not
-    for number in heeded:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _share(name: str, command: Command) -> None:

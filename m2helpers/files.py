@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from gzip import GzipFile
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import psutil
@@ -180,9 +183,30 @@ def clear_half_written(folder: str | os.PathLike, keep: str = "") -> None:
         _delete(path for path in Path(folder).glob(pattern) if path.name != keep)
 
 
-def delete_unfinished() -> None:
-    """Delete what this process has begun to write, as it is about to be ended."""
-    _delete(list(_unfinished))
+@contextmanager
+def cleared_up_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, which end the process as ever, delete what is half-written first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Here and not by an exception, which is lost where it comes while Python frees memory.
+        if os.getpid() == ours:  # not in a process that was forked from this one
+            _delete(list(_unfinished))
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    deadly = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in deadly if signal.getsignal(number) is signal.SIG_DFL]  # under nohup, one is not
+    for number in heeded:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _delete(paths: Iterable[Path]) -> None:

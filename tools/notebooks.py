@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 
-from m2helpers.files import UserError, check_folder_writable, read_json, write_json, write_text
+from m2helpers.files import UserError, check_folder_writable, cleared_up_on_signals, read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COSTS = ROOT / "docs" / "notebook_costs.json"
@@ -117,9 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     paths = options.notebooks or find_notebooks()
     try:
-        return _execute_all(paths, options.output_dir)
+        with cleared_up_on_signals():
+            return _execute_all(paths, options.output_dir)
     except (UserError, OSError) as error:  # a full disk, a folder that takes nothing
         print(f"error: {error}; mend that and run it again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nerror: stopped; run it again", file=sys.stderr)
         return 1
 
 
@@ -132,15 +136,21 @@ def _execute_all(paths: list[Path], output_dir: Path | None) -> int:
             print(f"[{number}/{len(paths)}] {path.name} … ", end="", flush=True)
             try:
                 notebook, seconds, memory = execute(path.resolve())
-            except UserError as error:
+                if output_dir is None:
+                    notebook.cells[0].source = note_time(notebook.cells[0].source, seconds)
+                write_text(path if output_dir is None else output_dir / path.name, nbformat.writes(notebook) + "\n")
+                if output_dir is None:
+                    record_cost(path.stem, seconds, memory)
+            except (
+                UserError,
+                OSError,
+                MemoryError,
+                RuntimeError,
+            ) as error:  # the last: no room for a thread, no kernel
                 print("failed", flush=True)
-                print(f"error: {error}", file=sys.stderr)
+                remedy = "" if isinstance(error, UserError) else f" ({path.name}); mend that and run it again"
+                print(f"error: {error}{remedy}", file=sys.stderr)
                 return 1
-            if output_dir is None:
-                notebook.cells[0].source = note_time(notebook.cells[0].source, seconds)
-            write_text(path if output_dir is None else output_dir / path.name, nbformat.writes(notebook) + "\n")
-            if output_dir is None:
-                record_cost(path.stem, seconds, memory)
             print(f"{seconds:.0f} s, {memory / 1e6:,.0f} MB", flush=True)
     return 0
 

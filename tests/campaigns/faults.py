@@ -42,7 +42,7 @@ from tests.campaigns.resume import TINY, TRAIN, make_inputs
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["m2helpers.__main__", "m2helpers.training.run", "m2helpers.pretraining.run", "m2helpers.experiments.runner", "m2helpers.instruct.tuning", "m2helpers.forecasting"]
+    ["m2helpers.__main__", "tools.notebooks", "m2helpers.training.run", "m2helpers.pretraining.run", "m2helpers.experiments.runner", "m2helpers.instruct.tuning", "m2helpers.forecasting"]
 )  # fmt: skip
 LONGEST = 180  # seconds that one run may take beside other work
 ROW = {"instruction": "Next?", "input": "1;2;", "output": "3"}
