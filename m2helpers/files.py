@@ -6,12 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from gzip import GzipFile
@@ -24,6 +25,8 @@ from safetensors import SafetensorError
 
 LARGEST = 1 << 28  # bytes that are read of a file of text, packed or not
 _BLOCK = 4096  # bytes: what a probe writes, for a full disk still makes empty files
+_OURS = re.compile(r"\..+\.\d+\.part")  # as `_begun` names them
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # it writes beside what it is told to write, and then renames
 _unfinished: set[Path] = set()  # what this process has begun to write and not put in place
 
 
@@ -114,9 +117,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = _new_file_mode(target.parent, target.name)
-        temporary = _part(target.parent, target.name)
-        _unfinished.add(temporary)
-        try:
+        with _begun(target.parent, target.name) as temporary:
             yield temporary
             with open(temporary, "rb+") as stream:
                 os.fsync(stream.fileno())
@@ -125,9 +126,6 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
                     os.chown(temporary, found.st_uid, found.st_gid)
             temporary.chmod(mode if found is None else stat.S_IMODE(found.st_mode))  # safetensors makes it private
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-            _unfinished.discard(temporary)
     except (OSError, SafetensorError) as error:  # of a full disk, some libraries tell neither file nor number
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(path)) from error
@@ -137,17 +135,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which must not exist; on success rename it, on failure delete it."""
     path = Path(os.path.abspath(path))
-    temporary = _part(path.parent, path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    _unfinished.add(temporary)
-    try:
+    with _begun(path.parent, path.name) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         apply_umask(temporary)
         temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _unfinished.discard(temporary)
 
 
 def apply_umask(folder: str | os.PathLike) -> None:
@@ -177,10 +170,11 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def clear_half_written(folder: str | os.PathLike, keep: str = "") -> None:
-    """Delete what processes that were killed left of the files and folders they wrote into a folder, but for the name `keep`."""
-    for pattern in (".*.part", ".tmp??????"):  # the latter are safetensors' own
-        _delete(path for path in Path(folder).glob(pattern) if path.name != keep)
+def clear_half_written(folder: str | os.PathLike) -> None:
+    """Delete from a run's own folder what processes that were killed left of the files and folders they wrote into it."""
+    for path in Path(folder).glob(".*"):
+        if _OURS.fullmatch(path.name) or (_SAFETENSORS.fullmatch(path.name) and path.is_file()):
+            _delete(path)
 
 
 @contextmanager
@@ -194,7 +188,8 @@ def cleared_up_on_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         # Here and not by an exception, which is lost where it comes while Python frees memory.
         if os.getpid() == ours:  # not in a process that was forked from this one
-            _delete(list(_unfinished))
+            for path in list(_unfinished):
+                _delete(path)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -209,30 +204,31 @@ def cleared_up_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+@contextmanager
+def _begun(folder: Path, name: str) -> Iterator[Path]:
+    """Yield where something is to be made that will stand in a folder under a name; what is there in the end is deleted."""
+    temporary = folder / f".{name}.{os.getpid()}.part"
+    _unfinished.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+        _unfinished.discard(temporary)
 
 
-def _part(folder: Path, name: str) -> Path:
-    return folder / f".{name}.{os.getpid()}.part"
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _new_file_mode(folder: Path, name: str) -> int:
     """The mode that the system gives a new file in a folder; an `OSError` where there is no right or no room for one."""
-    probe = _part(folder, name)
-    _unfinished.add(probe)
-    try:
-        with open(probe, "wb") as stream:
-            stream.write(bytes(_BLOCK))
-            stream.flush()
-            return stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
-    finally:
-        probe.unlink(missing_ok=True)
-        _unfinished.discard(probe)
+    with _begun(folder, name) as probe, open(probe, "wb") as stream:
+        stream.write(bytes(_BLOCK))
+        stream.flush()
+        return stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
 
 
 def _descriptor(found: os.stat_result) -> int | None:

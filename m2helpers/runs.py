@@ -6,28 +6,21 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, NotRequired, ParamSpec, TypedDict, TypeVar, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import pandas as pd
 import torch
 import transformers
-from filelock import SoftFileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
 from .data import Dataset
 from .engine.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_files
-from .engine.processes import by_first
 from .engine.resume import delete_state, has_state
-from .files import UserError, atomic_folder, clear_half_written, read_json, sha256_file, sha256_json, write_text
+from .files import UserError, atomic_folder, read_json, sha256_file, sha256_json, write_text
 from .lora import adapter_settings, load_adapter, lora_layers, merge, parameter_report, save_adapter
 from .models import Base, load_base
 from .paths import find_run
@@ -37,9 +30,6 @@ from .text import Codec, numeric_tokens
 
 CONFIG_NAME = "config.json"
 HISTORY_NAME = "history.csv"
-Arguments = ParamSpec("Arguments")
-Outcome = TypeVar("Outcome")
-LOCK_NAME = ".writer.part"  # deleted with what is half-written (`delete_state`), so that no finished run keeps it
 
 
 class RunConfig(TypedDict):
@@ -201,63 +191,6 @@ def describe(
     if law:
         config["law_sha256"] = law.sha256
     return config
-
-
-@contextmanager
-def sole_writer(folder: str | os.PathLike | None) -> Iterator[None]:
-    """Hold a folder for the one run that writes into it; None is no folder, and nothing is held.
-
-    The folder is made when it does not exist, and deleted again if nothing was written into it. What a run that was killed
-    has left half-written there is deleted.
-
-    Raises
-    ------
-    UserError
-        If another run holds it. The lock of a process that is dead holds nothing.
-    """
-    if folder is None:
-        yield
-        return
-    folder = Path(folder)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = _lock(folder)
-        try:
-            clear_half_written(folder, keep=LOCK_NAME)
-            yield
-        finally:
-            lock.release()
-    finally:
-        with suppress(OSError):  # not empty
-            for path in missing:
-                path.rmdir()
-
-
-def one_writer(run: Callable[Arguments, Outcome]) -> Callable[Arguments, Outcome]:
-    """Let a function that fills the folder `output_dir` do so as its `sole_writer`; of several processes, the first writes."""
-    signature = inspect.signature(run)
-
-    @wraps(run)
-    def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Outcome:
-        folder = signature.bind(*args, **options).arguments.get("output_dir")
-        with ExitStack() as held:
-            by_first(lambda: held.enter_context(sole_writer(folder)))
-            return run(*args, **options)
-
-    return alone
-
-
-def _lock(folder: Path) -> SoftFileLock:
-    lock = SoftFileLock(folder / LOCK_NAME, timeout=0)  # a file that names its owner: it needs no locks of the system
-    try:
-        lock.acquire()
-    except Timeout as error:
-        whose = f"process {lock.pid}; wait, stop it, or choose another folder"
-        if owner := str(error).partition(" is held by ")[2]:  # of another host or container: it may be dead
-            whose = f"another process ({owner.rstrip('.')}); wait, or delete {lock.lock_file} if it is gone"
-        raise UserError(f"{folder}: run is being written by {whose}") from None
-    return lock
 
 
 def check_folder(folder: Path | None, config: RunConfig, resume: bool) -> None:

@@ -20,6 +20,7 @@ from m2helpers.files import (
     atomic_path,
     check_folder_writable,
     check_writable,
+    clear_half_written,
     read_json,
     sha256_file,
     sha256_files,
@@ -344,3 +345,17 @@ def test_a_model_has_one_hash_and_is_read_once(tmp_path, monkeypatch):
     parts[0].write_bytes(b"changed it")  # as long as before
     os.utime(parts[0], ns=(1, 1))
     assert sha256_files(parts[:1]) == sha256_file(parts[0]) != first
+
+
+def test_only_what_writing_leaves_is_cleared_up(tmp_path):
+    """Also folders, and the files that safetensors writes beside what it is told to write; nothing else that is hidden."""
+    (tmp_path / ".adapters.123.part").mkdir()
+    (tmp_path / ".adapters.123.part" / "weights").touch()
+    for name in (".config.json.123.part", ".tmpSxQoKF"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmpfolder").mkdir()
+    kept = {".tmpfolder", ".tmp-notes", ".mine.part", "a.1.part", "config.json"}
+    for name in kept - {".tmpfolder"}:
+        (tmp_path / name).touch()
+    clear_half_written(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept

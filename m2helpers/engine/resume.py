@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import UserError, atomic_path, clear_half_written
+from .writer import LOCK_NAME
 
 STATE_NAME = "state.safetensors"
 PREVIOUS_NAME = "state.previous.safetensors"
@@ -129,7 +130,7 @@ def delete_state(folder: Path) -> None:
     The last state goes last: until then the folder is that of a stopped run.
     """
     clear_half_written(folder)
-    for name in (PREVIOUS_NAME, STATE_NAME):
+    for name in (LOCK_NAME, PREVIOUS_NAME, STATE_NAME):
         (Path(folder) / name).unlink(missing_ok=True)
 
 

@@ -21,8 +21,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..engine.loop import Stopped, stop_on_signal
+from ..engine.writer import LOCK_NAME, sole_writer
 from ..files import UserError
-from ..runs import LOCK_NAME, sole_writer
 from .planning import PlannedRun
 from .runner import Work
 

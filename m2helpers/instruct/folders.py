@@ -14,7 +14,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..files import UserError, atomic_folder, atomic_path, read_json, sha256_json, write_json, write_text
+from ..files import (
+    UserError,
+    atomic_folder,
+    atomic_path,
+    clear_half_written,
+    read_json,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from ..models import Base
 from ..settings import InstructSettings, canonical, changes
 from .answers import Answered
@@ -138,6 +147,7 @@ def finish(
     write_text(folder / HISTORY_NAME, history.to_csv(index=False))
     write_json(folder / METRICS_NAME, metrics)
     write_zip(folder / ADAPTERS, folder / ZIP_NAME)
+    clear_half_written(folder)
     for path in folder.glob(_SAVES):
         shutil.rmtree(path)
 

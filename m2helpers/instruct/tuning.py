@@ -31,11 +31,11 @@ from transformers import (
 from ..engine.loop import Stopped, stop_on_signal
 from ..engine.losses import refuse_nan
 from ..engine.processes import all_there, any_of, by_first, count, end, everyones, rank, sums
+from ..engine.writer import one_writer
 from ..files import UserError, write_json
 from ..flops.costs import BatchCost, Cost
 from ..ledger import Bill, Ledger, Spender, default_ledger
 from ..models import Base
-from ..runs import one_writer
 from ..settings import InstructSettings
 from . import folders
 from .answers import Answered, answer, cost_at_most, count_exact

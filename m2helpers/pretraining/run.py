@@ -25,11 +25,11 @@ from ..engine.loop import run_steps
 from ..engine.losses import refuse_nan
 from ..engine.processes import add_up, by_first, check_batch, rank, share, sums
 from ..engine.resume import delete_state, has_state, load_state, save_state
+from ..engine.writer import one_writer
 from ..files import UserError, apply_umask, read_json, write_json, write_text
 from ..flops.costs import forward_cost
 from ..ledger import Ledger, default_ledger, spender_of
 from ..models import Base, choose_device, embedded_config, embedded_tokenizer, load_base, mixed_precision
-from ..runs import one_writer
 from ..settings import PretrainSettings as PretrainSettings
 from .batches import held_out, step_texts
 from .card import model_card

@@ -19,10 +19,11 @@ from ..engine.loop import run_steps
 from ..engine.processes import by_first, check_batch, rank
 from ..engine.resume import load_state, save_state
 from ..engine.tracking import Log, tracked
+from ..engine.writer import one_writer
 from ..files import UserError, write_json
 from ..ledger import Bill, Ledger, Spender, default_ledger
 from ..models import Base
-from ..runs import check_folder, describe, finish, one_writer
+from ..runs import check_folder, describe, finish
 from ..settings import STAGES, TrainSettings
 from ..simulator import Law
 from ..text import Codec, fit_scale

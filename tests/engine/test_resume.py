@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2helpers.engine.resume import State, delete_state, has_state, load_state, save_state
+from m2helpers.engine.writer import LOCK_NAME
 from m2helpers.files import UserError
 
 
@@ -164,10 +165,7 @@ def test_states_are_deleted_together(state):
     assert has_state(state.parent) and len(list(state.parent.iterdir())) == 2
     state.unlink()
     assert has_state(state.parent)
-    for half in (
-        ".state.safetensors.123.part",
-        ".tmpSxQoKF",
-    ):  # ours, and safetensors' own, of a process that was killed
+    for half in (".state.safetensors.123.part", ".tmpSxQoKF", LOCK_NAME):  # of a process that was killed
         (state.parent / half).touch()
     delete_state(state.parent)
     assert not has_state(state.parent) and not list(state.parent.iterdir())
