@@ -19,9 +19,10 @@ settings.load_profile("repeatable")
 
 def pytest_ignore_collect(collection_path, config):
     """A file that is slow as a whole is not even imported where slow tests are left out: some need what takes seconds to import."""
-    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
-        return re.search(r"^pytestmark = \[?pytest\.mark\.slow", collection_path.read_text("utf-8"), re.M) and True
-    return None
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None  # others decide
+    slow = re.search(r"^pytestmark = \[?pytest\.mark\.slow", collection_path.read_text("utf-8"), re.M)
+    return True if slow else None
 
 
 TINY = dict(

@@ -127,6 +127,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _execute_one(path: Path, output_dir: Path | None) -> tuple[float, int]:
+    """Execute a notebook and write it; return its seconds and its peak memory in bytes."""
+    try:
+        notebook, seconds, memory = execute(path.resolve())
+        if output_dir is None:
+            notebook.cells[0].source = note_time(notebook.cells[0].source, seconds)
+        write_text(path if output_dir is None else output_dir / path.name, nbformat.writes(notebook) + "\n")
+        if output_dir is None:
+            record_cost(path.stem, seconds, memory)
+    except (OSError, MemoryError, RuntimeError) as error:  # the last: no room for a thread, no kernel
+        raise UserError(f"{error} ({path.name}); mend that and run it again") from None
+    return seconds, memory
+
+
 def _execute_all(paths: list[Path], output_dir: Path | None) -> int:
     if output_dir:
         check_folder_writable(output_dir)
@@ -135,21 +149,10 @@ def _execute_all(paths: list[Path], output_dir: Path | None) -> int:
         for number, path in enumerate(paths, 1):
             print(f"[{number}/{len(paths)}] {path.name} … ", end="", flush=True)
             try:
-                notebook, seconds, memory = execute(path.resolve())
-                if output_dir is None:
-                    notebook.cells[0].source = note_time(notebook.cells[0].source, seconds)
-                write_text(path if output_dir is None else output_dir / path.name, nbformat.writes(notebook) + "\n")
-                if output_dir is None:
-                    record_cost(path.stem, seconds, memory)
-            except (
-                UserError,
-                OSError,
-                MemoryError,
-                RuntimeError,
-            ) as error:  # the last: no room for a thread, no kernel
+                seconds, memory = _execute_one(path, output_dir)
+            except UserError as error:
                 print("failed", flush=True)
-                remedy = "" if isinstance(error, UserError) else f" ({path.name}); mend that and run it again"
-                print(f"error: {error}{remedy}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
                 return 1
             print(f"{seconds:.0f} s, {memory / 1e6:,.0f} MB", flush=True)
     return 0

@@ -30,27 +30,26 @@ def recorded_gaps(base: str = "embedded") -> tuple[list[FloorRow], pd.DataFrame]
     return rows, bayes_gap(records, rows)
 
 
-def gap_passage(base: str = "embedded") -> str:
-    """How far each run is from the best possible forecast, in Markdown; says so where no floor is shipped."""
-    rows, gaps = recorded_gaps(base)
-    if not rows:
+def gap_passage(floors: Sequence[FloorRow], gaps: pd.DataFrame) -> str:
+    """What `recorded_gaps` found, in Markdown; says so where no floor is shipped."""
+    if not floors:
         return (
             "**Not measured yet.** No floor of the test windows is shipped with this version, so the gap cannot be stated; `m2helpers floor` computes it, in hours. "
             f"Until then the {LAW} stands in for it, which is one point and no limit."
         )
-    lines = markdown_header("error over the floor's", *(f"S = {row.context}" for row in rows))
+    lines = markdown_header("error over the floor's", *(f"S = {row.context}" for row in floors))
     for model, group in gaps.groupby("model", sort=False):
         by_context = group.set_index("S")
-        cells = ["–" if row.context not in by_context.index else _cell(by_context.loc[row.context]) for row in rows]
+        cells = ["–" if row.context not in by_context.index else _cell(by_context.loc[row.context]) for row in floors]
         lines.append(f"| {stage_label(str(model))} | {' | '.join(cells)} |")
-    basis = "; ".join(f"S = {row.context}: {row.mae:.5f}, from {row.n_mixed} of {row.n} windows" for row in rows)
+    basis = "; ".join(f"S = {row.context}: {row.mae:.5f}, from {row.n_mixed} of {row.n} windows" for row in floors)
     said = f"The floor's own mean absolute error, on equal terms: {basis}. 95 % bootstrap intervals in brackets."
     if "CRPS gap" in gaps and gaps["CRPS gap"].notna().any():
         scored = gaps.dropna(subset="CRPS gap")
         each = zip(scored["model"], scored["S"], scored["CRPS gap"], strict=True)
         words = "; ".join(f"{stage_label(model)} at S = {context}: {gap:.1f}" for model, context, gap in each)
         said += f" Of whole distributions, by CRPS, over the floor's: {words}."
-    absent = [str(context) for context in P5_CONTEXTS if context not in {row.context for row in rows}]
+    absent = [str(context) for context in P5_CONTEXTS if context not in {row.context for row in floors}]
     return "\n".join([*lines, "", said + (f" Not computed yet: S = {', '.join(absent)}." if absent else "")])
 
 

@@ -15,7 +15,7 @@ from ..paths import CLUSTER_TIMES, ROOT, SHIPPED_BENCHMARKS, SHIPPED_CLASSICS, c
 from .conclusions import answer, bought, limits, on_qwen
 from .distributions import by_step_table, recorded_distributions
 from .findings import ablations_table, advice, figure, markdown_header, seeds_table, sweeps_table
-from .gaps import gap_passage
+from .gaps import gap_passage, recorded_gaps
 from .goals import goals_table
 from .headline import brief_table, cost_line, headline_table
 from .prices import cost_blocks
@@ -92,9 +92,10 @@ def cluster_table() -> str:
         return "Not timed yet: `python -m tests.campaigns.cluster` does it, on a machine that is idle."
     record = read_json(CLUSTER_TIMES)
     lines = markdown_header("", "seconds, each time", "times as fast")
+    of_one = min(record["rows"][0]["seconds"])
     for row in record["rows"]:
-        each = ", ".join(f"{seconds:.0f}" for seconds in row["each"])
-        lines.append(f"| {row['way']} | {each} | {record['rows'][0]['seconds'] / row['seconds']:.2f} |")
+        each = ", ".join(f"{seconds:.0f}" for seconds in row["seconds"])
+        lines.append(f"| {row['way']} | {each} | {of_one / min(row['seconds']):.2f} |")
     alike = "the records of both are the same to the byte" if record["alike"] else "their records differ"
     where = f"{record['machine']}, on which {record['load']:.0f} other programs were running; {record['date']}"
     return "\n".join([*lines, "", f"{record['about']} Ray's own start is counted; {alike}. {where}."])
@@ -146,7 +147,7 @@ def blocks() -> dict[str, str]:
         "law": beside_the_law(),
         "answer": answer(),
         "bought": bought(),
-        "floor-gap": gap_passage(),
+        "floor-gap": gap_passage(*recorded_gaps()),
         "on-qwen": on_qwen(),
         "limits": limits(),
         "distributions": recorded_distributions(),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..files import UserError, read_json, write_text
 from . import conclusions
-from .gaps import gap_passage
+from .gaps import gap_passage, recorded_gaps
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def argument(base: str = "embedded") -> list[Slide]:
         Slide("What each FLOP bought", conclusions.bought(base)),
         Slide("Where it still fails", "One dot a window. An error of zero stands at the edge.", "6:cell-30"),
         Slide("Size is not importance", "The largest update can be taken away without loss; the head bias too.", "7:two-updates-code"),
-        Slide("How far from the best possible", gap_passage(base)),
+        Slide("How far from the best possible", gap_passage(*recorded_gaps(base))),
         Slide("On Qwen2.5-0.5B itself", "Nothing of this was run; it follows from the architecture.\n\n" + conclusions.on_qwen()),
         Slide("What it rests on", conclusions.limits(base)),
     ]  # fmt: skip

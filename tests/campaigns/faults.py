@@ -345,15 +345,17 @@ class Campaign:
 
     def __init__(self, name: str, inputs: Path, seed: int = 0) -> None:
         self.name, self.inputs, self.draw = name, inputs, random.Random(seed)
-        for turn in ("first", "whole"):  # the first imports, so that the second takes as long as those that follow
-            place = inputs / name / turn / "run"
-            place.parent.mkdir(parents=True)
-            began = time.monotonic()
-            code, self.writes, said = run(name, inputs, place)
-            assert code == 0, said
-        self.seconds = time.monotonic() - began
+        place, self.writes, _ = self._alone("whole")
         self.expected = _result(place)
         self.number, self.met = 0, Counter[str]()
+
+    def _alone(self, turn: str) -> tuple[Path, int, float]:
+        """A run that is left alone: its folder, its writes, and its seconds."""
+        place, began = self.inputs / self.name / turn / "run", time.monotonic()
+        place.parent.mkdir(parents=True)
+        code, writes, said = run(self.name, self.inputs, place)
+        assert code == 0, said
+        return place, writes, time.monotonic() - began
 
     def meet(self, fault: Fault, where: Path | None = None, mend: Callable[[Path], None] = lambda place: None) -> None:
         """Run into a fault, judge how it ended, mend the fault, and run to the end."""
@@ -388,8 +390,9 @@ class Campaign:
 
     def at_random(self, kinds: tuple[str, ...], moments: int) -> None:
         """At so many random moments a signal, each in its turn."""
+        _, _, seconds = self._alone("warm")  # the first of all runs had to import what the others have
         for number in range(moments):
-            self.meet(Fault(kinds[number % len(kinds)], after=max(0.05, self.draw.random() * self.seconds)))
+            self.meet(Fault(kinds[number % len(kinds)], after=max(0.05, self.draw.random() * seconds)))
 
     def real(self) -> None:
         """Real limits and, as root, real disks."""

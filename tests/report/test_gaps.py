@@ -16,7 +16,7 @@ def test_without_a_floor_the_gap_is_said_to_be_unmeasured(monkeypatch):
     monkeypatch.setattr(
         gaps, "recorded_floor", lambda *about: Floor(empty, empty, empty, empty, np.empty(0), np.empty(0))
     )
-    assert gaps.gap_passage().startswith("**Not measured yet.**")
+    assert gaps.gap_passage(*gaps.recorded_gaps()).startswith("**Not measured yet.**")
 
 
 def test_the_gap_is_the_models_error_over_the_floors(monkeypatch):
@@ -29,14 +29,14 @@ def test_the_gap_is_the_models_error_over_the_floors(monkeypatch):
     whole = Floor(truth + off, truth, truth + 2 * off, off, np.ones(40), np.full(40, 100.0))
     none = Floor(*(part[:0] for part in (truth, truth, truth, truth, np.ones(40), np.ones(40))))
     monkeypatch.setattr(gaps, "recorded_floor", lambda d, c, law, s: whole if s == 128 else none)
-    passage = gaps.gap_passage()
+    rows, found = gaps.recorded_gaps()
+    passage = gaps.gap_passage(rows, found)
     ours = np.mean(RESULTS["final"][0].window_mae[:40])
     assert _cells(passage, "final")[1].startswith(f"{ours / (0.1 / codec.scale):.1f} (")
     assert (
         f"S = 128: {0.1 / codec.scale:.5f}, from 40 of 40 windows" in passage
         and "Not computed yet: S = 512, 768" in passage
     )
-    rows, found = gaps.recorded_gaps()
     figure, axes = plt.subplots(1, 2)
     gaps.plot_gap(axes, rows, found)
     _, labels = axes[0].get_legend_handles_labels()
